@@ -1,0 +1,125 @@
+"""Configs: strict dump and load of frozen dataclasses, and the one exception that a user is meant to read."""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class InputError(ValueError):
+    """What the user gave cannot work. The message says what, where, and what would; the CLI prints it and exits with 2."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown `name`: the nearest right ones, or all of them."""
+    choices = sorted(known)
+    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(choices)}"
+
+
+def dump(config: Any) -> Any:
+    """A config dataclass as plain JSON values (paths become strings, tuples lists)."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {field.name: dump(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {str(key): dump(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [dump(value) for value in config]
+    if isinstance(config, Path):
+        return str(config)
+    return config
+
+
+def load(kind: type[T], values: Any, where: str = "config") -> T:
+    """Read plain JSON values back into a config of type `kind`.
+
+    Raises:
+        InputError: an unknown key, a missing key or a value of another type, naming the field as `where.field`.
+    """
+    return typing.cast(T, _load(kind, values, where))
+
+
+def load_file(kind: type[T], path: Path) -> T:
+    """Read a config from a `.json`, `.yaml` or `.yml` file; see `load`."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise InputError(f"{path}: cannot read it ({error.strerror})") from None
+    try:
+        if path.suffix in (".yaml", ".yml"):
+            import yaml  # noqa: PLC0415  (not every start needs it)
+
+            values = yaml.safe_load(text)
+        else:
+            values = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path}: not {path.suffix.lstrip('.') or 'JSON'}: {error}") from None
+    return load(kind, values, str(path))
+
+
+def _load(kind: Any, values: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return values
+    if dataclasses.is_dataclass(kind):
+        return _load_dataclass(kind, values, where)
+    if origin in (typing.Union, types.UnionType):
+        return _load_union(arguments, values, where)
+    if origin is typing.Literal:
+        if values not in arguments:
+            raise InputError(f"{where}: {values!r} is not one of {', '.join(map(repr, arguments))}")
+        return values
+    if origin in (tuple, list):
+        if not isinstance(values, list):
+            raise InputError(f"{where}: expected a list, found {values!r}")
+        return origin(_load(arguments[0], value, f"{where}[{i}]") for i, value in enumerate(values))
+    if origin in (dict, Mapping):
+        if not isinstance(values, dict):
+            raise InputError(f"{where}: expected a mapping, found {values!r}")
+        return {key: _load(arguments[1], value, f"{where}.{key}") for key, value in values.items()}
+    if kind is Path and isinstance(values, str):
+        return Path(values)
+    if kind is float and isinstance(values, int) and not isinstance(values, bool):
+        return float(values)
+    if kind is type(None) and values is None:
+        return None
+    if type(values) is not kind:
+        raise InputError(f"{where}: expected {getattr(kind, '__name__', kind)}, found {values!r}")
+    return values
+
+
+def _load_dataclass(kind: Any, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: expected a mapping, found {values!r}")
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in values:
+        if key not in fields:
+            raise InputError(f"{where}: unknown field {key!r}; {nearest(key, fields)}")
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise InputError(f"{where}: field {name!r} is missing")
+    read = {name: _load(hints[name], value, f"{where}.{name}") for name, value in values.items()}
+    try:
+        return kind(**read)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _load_union(kinds: tuple[Any, ...], values: Any, where: str) -> Any:
+    problems = []
+    for kind in kinds:
+        try:
+            return _load(kind, values, where)
+        except InputError as problem:
+            problems.append(str(problem))
+    raise InputError(problems[0])
