@@ -1,0 +1,63 @@
+"""The schema: the only thing that knows a dataset."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from recsys.config import InputError, dump, load_file
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schema:
+    """Names and sizes of a prepared dataset's columns, saved as `schema.json` beside its Parquet files."""
+
+    name: str
+    """Name of the raw format that it was prepared from."""
+    dense: tuple[str, ...]
+    """Dense columns, float32, finite."""
+    sparse: dict[str, int]
+    """Feature to number of ids, in field order; ids lie in [0, num_ids), 0 = missing or rare."""
+    labels: tuple[str, ...]
+    """Label columns."""
+
+    def __post_init__(self) -> None:
+        columns = [*self.labels, *self.dense, *self.sparse]
+        doubled = sorted({column for column in columns if columns.count(column) > 1})
+        if doubled:
+            raise ValueError(f"column {doubled[0]!r} stands twice; every column needs a name of its own")
+        if not self.sparse:
+            raise ValueError("sparse is empty; a model needs at least one sparse feature")
+        for feature, num_ids in self.sparse.items():
+            if num_ids < 1:
+                raise ValueError(f"sparse feature {feature!r} has {num_ids} ids; it needs at least id 0")
+
+    @property
+    def num_fields(self) -> int:
+        """Fields that a backbone sees: one a sparse feature, and one for all dense columns together."""
+        return len(self.sparse) + bool(self.dense)
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits that change whenever a column or a size does."""
+        return hashlib.sha256(json.dumps(dump(self)).encode()).hexdigest()[:12]
+
+    def save(self, folder: Path) -> None:
+        """Write `schema.json` into `folder`."""
+        (folder / "schema.json").write_text(json.dumps(dump(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Schema":
+        """Read the schema of a prepared folder.
+
+        Raises:
+            InputError: the folder or its `schema.json` is missing or does not hold a schema.
+        """
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder; `recsys prepare FORMAT FILE --out {folder}` makes it")
+        path = folder / "schema.json"
+        if not path.exists():
+            raise InputError(f"{folder}: no schema.json in it, so it was not made by `recsys prepare` (or not finished)")
+        return load_file(cls, path)
