@@ -37,7 +37,7 @@ def log1p(value: pl.Expr) -> pl.Expr:
 
 
 def log_squared_bucket(value: pl.Expr) -> pl.Expr:
-    """v > 2 -> floor(ln(v)^2), other values stay; missing stays missing (the rule of the CTR papers)."""
+    """V > 2 -> floor(ln(v)^2), other values stay; missing stays missing (the rule of the CTR papers)."""
     return pl.when(value > 2).then(value.log().pow(2).floor().cast(pl.Int64)).otherwise(value)
 
 

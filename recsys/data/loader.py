@@ -103,7 +103,10 @@ class Loader:
         """Yield this rank's batches of one epoch from `first_step` on, in the calling thread."""
         order, starts = self._order(epoch)
         cursors = [
-            (end - begin, _Cursor(self, epoch, order, starts, self.steps_per_epoch * begin + first_step * (end - begin)))
+            (
+                end - begin,
+                _Cursor(self, epoch, order, starts, self.steps_per_epoch * begin + first_step * (end - begin)),
+            )
             for begin, end in self._slots
         ]
         num_columns = 1 + len(self.schema.dense) + len(self.schema.sparse)
@@ -234,7 +237,7 @@ def prefetch(batches: Iterator[Batch], depth: int = PREFETCHED_BATCHES) -> Itera
                 if stopped.is_set():
                     return
             put(None)
-        except BaseException as error:  # noqa: BLE001  (handed over, not swallowed)
+        except BaseException as error:
             put(error)
 
     thread = threading.Thread(target=work, name="loader", daemon=True)

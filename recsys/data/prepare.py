@@ -15,6 +15,7 @@ from pathlib import Path
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tyro.conf import Positional
 
 from recsys.config import InputError, dump, nearest
 from recsys.data import vocabulary
@@ -35,9 +36,9 @@ MIN_GROUP_ROWS, MAX_GROUP_ROWS, TARGET_GROUPS = 1024, 65_536, 64
 class PrepareConfig:
     """Which raw log to prepare, and how."""
 
-    format: str
+    format: Positional[str]
     """Format of the raw log: criteo_kaggle."""
-    paths: tuple[Path, ...]
+    paths: Positional[tuple[Path, ...]]
     """Raw files, plain or gzip, in time order."""
     out: Path
     """Folder to make; it must not exist yet."""
@@ -153,7 +154,9 @@ def _parse_file(config: PrepareConfig, path: Path, found: Ingested) -> Iterator[
 def _too_many(config: PrepareConfig, malformed: list[Malformed]) -> str:
     first = "; ".join(map(str, malformed[:3]))
     more = f"; and {len(malformed) - 3} more so far" if len(malformed) > 3 else ""
-    return f"{first}{more} (at most {config.max_malformed} malformed rows are tolerated: --max-malformed N leaves out N)"
+    return (
+        f"{first}{more} (at most {config.max_malformed} malformed rows are tolerated: --max-malformed N leaves out N)"
+    )
 
 
 def _keys(config: PrepareConfig, raw: RawFormat) -> dict[str, pl.Expr]:
@@ -190,7 +193,9 @@ def _encode(config: PrepareConfig, ingested: Ingested, out: Path) -> dict:
             part = pl.read_parquet(path)
             numbers = pl.int_range(first_row, first_row + num_rows, dtype=pl.UInt64).alias("row")
             splits = part.select(numbers).select(split.alias("split"))["split"]
-            ids = [vocabulary.encode(part.select(key=key), vocabularies[name]).alias(name) for name, key in keys.items()]
+            ids = [
+                vocabulary.encode(part.select(key=key), vocabularies[name]).alias(name) for name, key in keys.items()
+            ]
             features = part.select(
                 pl.col(raw.label), *(rule.cast(pl.Float32).alias(name) for name, rule in dense.items())
             ).hstack(ids)

@@ -74,7 +74,9 @@ def _read_gzip(path: Path) -> Iterator[bytes]:
                 num_bytes += len(block)
                 yield block
     except EOFError:
-        raise InputError(f"{path}: the gzip stream is truncated (it breaks off after {num_bytes:,} bytes of text)") from None
+        raise InputError(
+            f"{path}: the gzip stream is truncated (it breaks off after {num_bytes:,} bytes of text)"
+        ) from None
     except (OSError, isal_zlib.error) as error:
         raise InputError(f"{path}: the gzip stream is corrupt after {num_bytes:,} bytes of text ({error})") from None
 

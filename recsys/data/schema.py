@@ -59,5 +59,7 @@ class Schema:
             raise InputError(f"{folder}: no such folder; `recsys prepare FORMAT FILE --out {folder}` makes it")
         path = folder / "schema.json"
         if not path.exists():
-            raise InputError(f"{folder}: no schema.json in it, so it was not made by `recsys prepare` (or not finished)")
+            raise InputError(
+                f"{folder}: no schema.json in it, so it was not made by `recsys prepare` (or not finished)"
+            )
         return load_file(cls, path)

@@ -23,9 +23,7 @@ def split_of(row: pl.Expr, rule: str, *, seed: int, num_rows: int) -> pl.Expr:
     else:
         share = row.cast(pl.Float64) / num_rows
     valid_from, test_from = TRAIN_SHARE, TRAIN_SHARE + VALID_SHARE
-    return (
-        pl.when(share < valid_from).then(TRAIN).when(share < test_from).then(VALID).otherwise(TEST).cast(pl.UInt8)
-    )
+    return pl.when(share < valid_from).then(TRAIN).when(share < test_from).then(VALID).otherwise(TEST).cast(pl.UInt8)
 
 
 def _splitmix64(row: pl.Expr, seed: int) -> pl.Expr:

@@ -1,0 +1,63 @@
+# The commands of this repository; CI runs the same ones. A target that needs the environment makes it first.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+VENV := .venv
+PYTHON ?= python3
+# What the environment was last made for, else cpu: `make test` after `make setup ACCELERATOR=cuda` keeps CUDA.
+ACCELERATOR ?= $(or $(shell cat $(VENV)/accelerator 2>/dev/null),cpu)
+DEMO ?= demo
+ROWS ?= 100000
+
+# Exists only after a complete setup; older than the requirements or pyproject.toml, it is out of date.
+INSTALLED := $(VENV)/.installed-$(ACCELERATOR)
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-warn-conflicts
+
+# torchx starts `torchrun` by name.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: help setup test check format demo clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@echo "Variables, as they stand: PYTHON=$(PYTHON) ACCELERATOR=$(ACCELERATOR) DEMO=$(DEMO) ROWS=$(ROWS)"
+
+setup: $(INSTALLED) ## Make the environment in .venv (ACCELERATOR=cpu or cuda); instant when it is up to date
+
+$(INSTALLED): requirements/$(ACCELERATOR).txt $(wildcard requirements/*.txt) pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit("recsys needs Python 3.11 or later, $(PYTHON) is %d.%d: use make PYTHON=python3.11" % v[:2] if v < (3, 11) else 0)'
+	@echo "Making $(VENV) for $(ACCELERATOR): some minutes the first time"
+	@test -e $@ || { $(PYTHON) -m venv --clear $(VENV) && echo $(ACCELERATOR) >$(VENV)/accelerator; }
+	@rm -f $@
+	$(PIP) -r requirements/$(ACCELERATOR).txt -r requirements/dev.txt
+	$(PIP) --no-deps --no-build-isolation -r requirements/torchrec.txt -e .
+	@touch $@
+
+test: $(INSTALLED) ## Run the tests
+	pytest
+
+check: $(INSTALLED) ## Check format, lint, import order and types, then run the tests
+	ruff format --check
+	ruff check
+	lint-imports
+	mypy
+	@$(MAKE) --no-print-directory test
+
+format: $(INSTALLED) ## Format the code and mend what ruff can
+	ruff format
+	ruff check --fix
+
+demo: $(INSTALLED) ## From a synthetic log to the evaluation of three merged members, on two processes
+	rm -rf -- "$(DEMO)"
+	recsys synth --out "$(DEMO)/log.tsv.gz" --num-rows $(ROWS)
+	recsys prepare criteo_kaggle "$(DEMO)/log.tsv.gz" --out "$(DEMO)/data"
+	torchx run -s local_cwd launchers/train.py:ddp -j 1x2 -- \
+		synthetic --data "$(DEMO)/data" --members dcnv2 wukong rankmixer --out "$(DEMO)/run"
+	recsys evaluate "$(DEMO)/run" --truth "$(DEMO)/log.tsv.gz.truth.parquet"
+
+clean: ## Remove everything that make made, .venv and the demo too
+	rm -rf -- $(VENV) "$(DEMO)" build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,76 @@
+"""The layers that backbones share: linear with explicit initial values, dropout with its own random stream, MLP."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Dropout(nn.Module):
+    """Inverted dropout with a random stream of its own: y = x * mask / (1 - p), mask ~ Bernoulli(1 - p).
+
+    Members that train in one job must not share a stream, or a member's result would depend on which others ride along.
+    `reseed` starts the own stream; a layer that was never reseeded draws from torch's global stream. The identity in
+    eval mode and where p is 0.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.seed: int | None = None
+        self.generator: torch.Generator | None = None
+
+    def reseed(self, seed: int) -> None:
+        """Start the stream of `seed` at the next forward, on the device of its input.
+
+        Layers with one seed draw one mask: give every layer (and rank) its own.
+        """
+        self.seed = seed
+        self.generator = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop elements of `x`, whatever its shape."""
+        if not self.training or self.p == 0.0:
+            return x
+        if self.generator is None and self.seed is not None:
+            # Made here and not in reseed: only the input tells the device, and a model may be moved after reseed.
+            self.generator = torch.Generator(x.device).manual_seed(self.seed)
+        mask = torch.empty_like(x).bernoulli_(1.0 - self.p, generator=self.generator)
+        return x * mask.div_(1.0 - self.p)
+
+
+def linear(in_dim: int, out_dim: int, bias: bool = True) -> nn.Linear:
+    """Make a linear layer with Xavier-uniform weights and zero bias."""
+    layer = nn.Linear(in_dim, out_dim, bias=bias)
+    nn.init.xavier_uniform_(layer.weight)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(in_dim: int, hidden: Sequence[int], dropout: float, norm: bool = False) -> nn.Sequential:
+    """Make [B, in_dim] -> [B, hidden[-1]]: Linear, LayerNorm if `norm`, ReLU, Dropout for each width of `hidden`."""
+    layers: list[nn.Module] = []
+    for width in hidden:
+        layers.append(linear(in_dim, width))
+        if norm:
+            layers.append(nn.LayerNorm(width))
+        layers += [nn.ReLU(), Dropout(dropout)]
+        in_dim = width
+    return nn.Sequential(*layers)
+
+
+def check_sizes(dropout: float, **sizes: int | tuple[int, ...] | None) -> None:
+    """Check the fields of a config: every size is at least 1 or None, a tuple is not empty, dropout is in [0, 1).
+
+    Raises:
+        ValueError: names the field and what would work.
+    """
+    for name, size in sizes.items():
+        if size == ():
+            raise ValueError(f"{name} is empty: give at least one width, such as {name} = (256,)")
+        widths = size if isinstance(size, tuple) else (size,)
+        if any(width is not None and width < 1 for width in widths):
+            raise ValueError(f"{name} is {size}: give 1 or more")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout is {dropout}: give 0 or more and less than 1")

@@ -1,0 +1,120 @@
+"""RankMixer, parameter-free token mixing and a feed-forward network of its own for each token (arXiv 2507.15551)."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from recsys.backbones.base import Backbone
+from recsys.backbones.layers import Dropout, check_sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMixerConfig:
+    """Sizes of a RankMixer: about 2 * expansion * num_layers * num_tokens * token_dim^2 parameters."""
+
+    num_tokens: int = 8
+    """Tokens (T) that the concatenated fields are cut into; also the heads that mixing splits a token in."""
+
+    token_dim: int = 64
+    """Width (D) of a token, a multiple of num_tokens."""
+
+    num_layers: int = 2
+    """Blocks of token mixing and feed-forward network (L)."""
+
+    expansion: int = 4
+    """Hidden width of the feed-forward networks, in multiples of token_dim (k)."""
+
+    dropout: float = 0.0
+    """Share of each feed-forward network's hidden activations dropped in training."""
+
+    def __post_init__(self) -> None:
+        check_sizes(
+            self.dropout,
+            num_tokens=self.num_tokens,
+            token_dim=self.token_dim,
+            num_layers=self.num_layers,
+            expansion=self.expansion,
+        )
+        below = self.token_dim // self.num_tokens * self.num_tokens
+        if below != self.token_dim:
+            above = below + self.num_tokens
+            works = f"{below} or {above}" if below else f"{above}"
+            raise ValueError(
+                f"token_dim is {self.token_dim}: it must be a multiple of num_tokens = {self.num_tokens}, give {works}"
+            )
+
+
+_DEFAULT = RankMixerConfig()
+
+
+class TokenLinear(nn.Module):
+    """A linear layer of its own for each of T tokens, y_t = x_t W_t + b_t, as one batched matmul."""
+
+    def __init__(self, num_tokens: int, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        # Xavier over one token's matrix; nn.init.xavier_uniform_ would take the token axis for part of the fan.
+        bound = math.sqrt(6.0 / (in_dim + out_dim))
+        self.weight_TKN = nn.Parameter(torch.empty(num_tokens, in_dim, out_dim).uniform_(-bound, bound))
+        self.bias_TN = nn.Parameter(torch.zeros(num_tokens, out_dim))
+
+    def forward(self, x_BTK: Tensor) -> Tensor:
+        """Map tokens [B, T, in_dim] to [B, T, out_dim]."""
+        y_TBN = torch.baddbmm(self.bias_TN.unsqueeze(1), x_BTK.transpose(0, 1), self.weight_TKN)
+        return y_TBN.transpose(0, 1)
+
+
+class RankMixerBlock(nn.Module):
+    """Tokens [B, T, D] in and out: S = LN(Mix(X) + X), X' = LN(PFFN(S) + S), each LN over D alone.
+
+    Mix: token h of Mix(X) is the concatenation over t of head h of x_t, each x_t split in T heads of D / T.
+    PFFN: x_t -> GELU(x_t W1_t + b1_t) W2_t + b2_t, D -> expansion * D -> D, with own weights for each token.
+    """
+
+    def __init__(self, config: RankMixerConfig) -> None:
+        super().__init__()
+        hidden_dim = config.expansion * config.token_dim
+        self.heads_shape = (-1, config.num_tokens, config.num_tokens, config.token_dim // config.num_tokens)
+        self.mix_norm = nn.LayerNorm(config.token_dim)
+        self.ffn = nn.Sequential(
+            TokenLinear(config.num_tokens, config.token_dim, hidden_dim),
+            nn.GELU(),
+            Dropout(config.dropout),
+            TokenLinear(config.num_tokens, hidden_dim, config.token_dim),
+        )
+        self.ffn_norm = nn.LayerNorm(config.token_dim)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """One block."""
+        mixed_BTD = x_BTD.reshape(self.heads_shape).transpose(1, 2).flatten(2)
+        s_BTD = self.mix_norm(mixed_BTD + x_BTD)
+        out_BTD: Tensor = self.ffn_norm(self.ffn(s_BTD) + s_BTD)
+        return out_BTD
+
+
+class RankMixer(Backbone):
+    """Fields -> T tokens -> L blocks -> mean over tokens, token_dim wide.
+
+    The fields are concatenated, padded with zeros to T equal chunks (our choice: the paper groups them by meaning), and
+    each chunk has its own projection to token_dim. See `RankMixerBlock`. Paper: arXiv 2507.15551, section 3.
+    """
+
+    Config: ClassVar[type] = RankMixerConfig
+
+    def __init__(self, num_fields: int, dim: int, config: RankMixerConfig = _DEFAULT) -> None:
+        super().__init__()
+        chunk_dim = math.ceil(num_fields * dim / config.num_tokens)
+        self.chunks_shape = (-1, config.num_tokens, chunk_dim)
+        self.padding = config.num_tokens * chunk_dim - num_fields * dim
+        self.tokenize = TokenLinear(config.num_tokens, chunk_dim, config.token_dim)
+        self.blocks = nn.Sequential(*(RankMixerBlock(config) for _ in range(config.num_layers)))
+        self.out_dim = config.token_dim
+
+    def forward(self, x_BFD: Tensor) -> Tensor:
+        """Map field embeddings [B, F, D] to [B, out_dim]."""
+        x_BTK = functional.pad(x_BFD.flatten(1), (0, self.padding)).reshape(self.chunks_shape)
+        x_BTD: Tensor = self.blocks(self.tokenize(x_BTK))
+        return x_BTD.mean(dim=1)

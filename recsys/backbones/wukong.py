@@ -1,0 +1,103 @@
+"""Wukong, stacked factorization machines (arXiv 2403.02545)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from recsys.backbones.base import Backbone
+from recsys.backbones.layers import check_sizes, linear, mlp
+
+
+@dataclass(frozen=True, kw_only=True)
+class WukongConfig:
+    """Sizes of a Wukong. To scale up, add layers first."""
+
+    num_layers: int = 2
+    """Layers; l of them cover feature interactions up to order 2^l."""
+
+    num_fm: int = 8
+    """Tokens (n_F) that the factorization machine block of a layer gives."""
+
+    num_linear: int = 8
+    """Tokens (n_L) that the linear compression block of a layer gives."""
+
+    fm_rank: int = 24
+    """Columns (k) that the token by token products of the factorization machine are projected to."""
+
+    hidden: tuple[int, ...] = (256,)
+    """Hidden widths of the MLP in the factorization machine block."""
+
+    dropout: float = 0.0
+    """Share of each hidden activation of that MLP dropped in training."""
+
+    def __post_init__(self) -> None:
+        check_sizes(
+            self.dropout,
+            num_layers=self.num_layers,
+            num_fm=self.num_fm,
+            num_linear=self.num_linear,
+            fm_rank=self.fm_rank,
+            hidden=self.hidden,
+        )
+
+
+_DEFAULT = WukongConfig()
+
+
+class WukongLayer(nn.Module):
+    """T tokens in, n_F + n_L tokens out: X' = LN(concat(FMB(X), LCB(X)) + residual(X)).
+
+    FMB(X) = reshape(MLP(LN(flatten(X (X^T Y))))) gives n_F tokens, LCB(X) = W_L X gives n_L. The residual is X itself
+    where T = n_F + n_L, else W_R X. The last LN is over D alone, and the MLP ends in a linear layer (our choices).
+    """
+
+    def __init__(self, num_tokens: int, dim: int, config: WukongConfig) -> None:
+        super().__init__()
+        num_out, num_products = config.num_fm + config.num_linear, num_tokens * config.fm_rank
+        self.num_fm = config.num_fm
+        self.fm_weight_TK = _xavier(num_tokens, config.fm_rank)
+        self.fm_mlp = nn.Sequential(
+            nn.LayerNorm(num_products),
+            mlp(num_products, config.hidden, config.dropout),
+            linear(config.hidden[-1], config.num_fm * dim),
+        )
+        self.linear_weight = _xavier(config.num_linear, num_tokens)
+        self.residual_weight = None if num_tokens == num_out else _xavier(num_out, num_tokens)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Map tokens [B, T, D] to tokens [B, n_F + n_L, D]."""
+        # X (X^T Y), not (X X^T) Y: T D k products a row, where the T by T matrix would cost T T D.
+        products_BTK = x_BTD @ (x_BTD.transpose(1, 2) @ self.fm_weight_TK)
+        fm_BTD = self.fm_mlp(products_BTK.flatten(1)).reshape(-1, self.num_fm, x_BTD.shape[2])
+        linear_BTD = self.linear_weight @ x_BTD
+        residual_BTD = x_BTD if self.residual_weight is None else self.residual_weight @ x_BTD
+        out_BTD: Tensor = self.norm(torch.cat([fm_BTD, linear_BTD], dim=1) + residual_BTD)
+        return out_BTD
+
+
+class Wukong(Backbone):
+    """Layers of factorization machines; the output is the last tokens, flattened: (n_F + n_L) * D wide.
+
+    The fields are the tokens of the first layer; see `WukongLayer` for its formula. Paper: arXiv 2403.02545, section 3.
+    """
+
+    Config: ClassVar[type] = WukongConfig
+
+    def __init__(self, num_fields: int, dim: int, config: WukongConfig = _DEFAULT) -> None:
+        super().__init__()
+        num_out = config.num_fm + config.num_linear
+        counts = [num_fields] + [num_out] * (config.num_layers - 1)
+        self.layers = nn.Sequential(*(WukongLayer(num_tokens, dim, config) for num_tokens in counts))
+        self.out_dim = num_out * dim
+
+    def forward(self, x_BFD: Tensor) -> Tensor:
+        """Map field embeddings [B, F, D] to [B, out_dim]."""
+        x_BTD: Tensor = self.layers(x_BFD)
+        return x_BTD.flatten(1)
+
+
+def _xavier(num_rows: int, num_columns: int) -> nn.Parameter:
+    return nn.Parameter(nn.init.xavier_uniform_(torch.empty(num_rows, num_columns)))

@@ -1,0 +1,1 @@
+"""Field embeddings: ids in, x_BFD out, fields in schema order."""

@@ -1,0 +1,1 @@
+"""Merging: maths on the logits of members, alone."""

@@ -1,0 +1,1 @@
+"""Tasks: forward(batch) -> (loss, Outputs), which is all that the trainer knows of a model."""

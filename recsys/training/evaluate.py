@@ -1,0 +1,70 @@
+"""Evaluate: a run's members and their merge on held-out rows, beside what is best possible where that is known."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from recsys.config import InputError, load_file
+from recsys.data.schema import Schema
+from recsys.data.synthetic import true_probabilities
+from recsys.distributed import World
+from recsys.training import checkpoint
+from recsys.training.metrics import ClickMetrics, click_metrics
+from recsys.training.predict import Predictions
+from recsys.training.run import RunFolder
+from recsys.training.trainer import TrainConfig, Trainer
+
+BAYES_OPTIMAL = "Bayes-optimal"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Which run to evaluate, on what."""
+
+    run: Positional[Path]
+    """Run folder."""
+    split: Literal["valid", "test"] = "test"
+    """Held-out split."""
+    data: Path | None = None
+    """Prepared folder; without it, the one that the run was trained on."""
+    truth: Path | None = None
+    """FILE.truth.parquet of `recsys synth`: adds the row of the best possible predictions."""
+    json: Path | None = None
+    """Also write the metrics to this file."""
+
+
+def evaluate(config: EvaluateConfig, world: World) -> dict[str, ClickMetrics] | None:
+    """Metrics of each member, of their merge and of the truth if given; None on ranks other than 0.
+
+    Raises:
+        InputError: no run, no checkpoint, or data that does not fit it.
+    """
+    run = RunFolder.existing(config.run)
+    train_config = load_file(TrainConfig, run.config)
+    if config.data:
+        train_config = replace(train_config, data=config.data)
+    run.check_schema(Schema.load(train_config.data))
+    newest = checkpoint.newest(run.checkpoints)
+    trainer = Trainer(train_config, world)
+    trainer.load(newest, with_optimizer=False)
+    predictions = trainer.predict(config.split)
+    if predictions is None:
+        return None
+    metrics = trainer.metrics(predictions)
+    if config.truth:
+        metrics[BAYES_OPTIMAL] = _bayes_optimal(config.truth, train_config.data, config.split, predictions)
+    if config.json:
+        values = {"run": str(config.run), "split": config.split, "step": trainer.step}
+        values["metrics"] = {name: asdict(member) for name, member in metrics.items()}
+        config.json.write_text(json.dumps(values, indent=2) + "\n")
+    return metrics
+
+
+def _bayes_optimal(truth: Path, data: Path, split: str, predictions: Predictions) -> ClickMetrics:
+    labels, probabilities = true_probabilities(truth, data, split)
+    if len(labels) != len(predictions.labels_N) or labels.sum() != predictions.labels_N.sum():
+        raise InputError(f"{truth}: not the truth of the log that {data} was prepared from (other rows or clicks)")
+    return click_metrics(labels, probabilities)

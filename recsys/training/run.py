@@ -1,0 +1,105 @@
+"""The run folder: what a run writes, and how it is found again."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recsys.config import InputError, dump
+from recsys.data.schema import Schema
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`config.json`, `schema.json`, `plan.json`, `metrics.jsonl`, `tensorboard/` and `checkpoints/`."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path, *, resume: bool) -> "RunFolder":
+        """Take a folder for a new run, or for going on with the one in it.
+
+        Raises:
+            InputError: it holds a run and `resume` is off, or it holds none and `resume` is on.
+        """
+        folder = cls(path)
+        holds_run = folder.config.exists()
+        if resume and not holds_run:
+            raise InputError(f"{path}: no run to resume in it; leave --resume away to start one")
+        if not resume and holds_run:
+            raise InputError(f"{path}: holds a run already; name another --out, or go on with it by --resume")
+        path.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @classmethod
+    def existing(cls, path: Path) -> "RunFolder":
+        """The folder of a run that was started.
+
+        Raises:
+            InputError: there is none.
+        """
+        if not (path / "config.json").exists():
+            raise InputError(f"{path}: no config.json in it, so it is no run folder; `recsys train` makes one")
+        return cls(path)
+
+    @property
+    def config(self) -> Path:
+        """The config that ran."""
+        return self.path / "config.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    def describe(self, config: Any, schema: Schema, plan: Mapping[str, Any]) -> None:
+        """Write what is known before the first step; `config.json` last, since it marks the folder as taken."""
+        schema.save(self.path)
+        (self.path / "plan.json").write_text(json.dumps(plan, indent=2) + "\n")
+        self.config.write_text(json.dumps(dump(config), indent=2) + "\n")
+
+    def check_schema(self, schema: Schema) -> None:
+        """Compare data with what the run was trained on.
+
+        Raises:
+            InputError: another schema, naming the first column that differs.
+        """
+        mine = Schema.load(self.path)
+        if mine.hash == schema.hash:
+            return
+        for feature in {**mine.sparse, **schema.sparse}:
+            trained, given = mine.sparse.get(feature), schema.sparse.get(feature)
+            if trained != given:
+                raise InputError(
+                    f"the data does not fit the run {self.path}: feature {feature} has {given or 'no'} ids, "
+                    f"the model {trained or 'no'}; evaluate on the data that it was trained on"
+                )
+        raise InputError(f"the data does not fit the run {self.path}: other dense columns or labels")
+
+    @contextmanager
+    def writer(self, is_first: bool) -> Iterator[Callable[[str, int, Mapping[str, Any]], None]]:
+        """Yield `write(kind, step, values)`, which appends to metrics.jsonl and to TensorBoard's events, on rank 0."""
+        if not is_first:
+            yield lambda kind, step, values: None
+            return
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (slow to import, and for rank 0 alone)
+
+        with SummaryWriter(self.path / "tensorboard") as board, (self.path / "metrics.jsonl").open("a") as file:
+
+            def write(kind: str, step: int, values: Mapping[str, Any]) -> None:
+                file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+                file.flush()
+                for name, value in _flat(values):
+                    board.add_scalar(f"{kind}/{name}", value, step)
+
+            yield write
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value

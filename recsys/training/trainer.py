@@ -1,0 +1,200 @@
+"""The trainer: builds a sharded task and runs the one loop."""
+
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from recsys.config import nearest
+from recsys.data.batch import Batch
+from recsys.data.loader import Loader, LoaderConfig
+from recsys.data.schema import Schema
+from recsys.distributed import World, mean_over_ranks, on_first
+from recsys.embeddings.init import init_tables
+from recsys.embeddings.sharding import ShardingType, describe_plan, make_plan, table_sharder
+from recsys.merge.rules import RULES
+from recsys.model import BackboneConfigs, ModelConfig, RecModel, parse_members
+from recsys.progress import progress
+from recsys.tasks.click import ClickTask, Outputs
+from recsys.training import checkpoint
+from recsys.training.metrics import ClickMetrics
+from recsys.training.optim import Optimizer, OptimizerConfig
+from recsys.training.predict import Predictions, member_metrics, predict
+from recsys.training.run import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long to train, and what happens on the way."""
+
+    batch_size: int = 4096
+    """Rows of a global batch, over all ranks."""
+    num_epochs: int = 1
+    """Passes over the training rows."""
+    num_steps: int | None = None
+    """Stop after this many steps instead of num_epochs."""
+    log_every: int = 50
+    """Steps between lines of training loss and throughput."""
+    validate_every: int | None = None
+    """Steps between passes over the validation rows; there is always one at the end."""
+    save_every: int | None = None
+    """Steps between checkpoints; there is always one at the end."""
+    sharding: ShardingType = "auto"
+    """Sharding type of all tables; auto lets the planner choose among table-, column- and row-wise."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_epochs", "num_steps", "log_every", "validate_every", "save_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run, whole."""
+
+    data: Path
+    """Prepared folder, see `recsys prepare`."""
+    out: Path
+    """Run folder to make."""
+    members: tuple[str, ...] = ("dcnv2", "wukong", "rankmixer")
+    """Backbones to train side by side and merge; NAME*COUNT takes that many seeds of one."""
+    seed: int = 0
+    """Seed of all that is random in the members; the order of rows has one of its own."""
+    loss: Literal["independent", "joint"] = "independent"
+    """Each member its own loss, or one loss of the mean logit."""
+    merge: str = "mean_logit"
+    """How members' logits become one: mean_logit or mean_probability."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    backbones: BackboneConfigs = field(default_factory=BackboneConfigs)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    train: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        if self.merge not in RULES:
+            raise ValueError(f"unknown merge rule {self.merge!r}; {nearest(self.merge, RULES)}")
+        parse_members(self.members, self.seed)
+
+
+class Trainer:
+    """Everything of one run on one rank."""
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        self.config, self.world = config, world
+        loop = config.train
+        self.schema = Schema.load(config.data)
+        self.specs = parse_members(config.members, config.seed)
+        self.loader = self._loader("train", config.loader)
+
+        # The order matters: tables are planned while they are on the meta device, take memory only as shards, and get
+        # their values only then; what is data-parallel is known only after sharding.
+        torch.manual_seed(config.seed)
+        model = RecModel(self.schema, self.specs, config.model, config.backbones)
+        sharder = table_sharder(config.optimizer.tables)
+        task = ClickTask(model, config.loss)
+        plan = make_plan(
+            task,
+            sharder,
+            sharding=loop.sharding,
+            local_batch_size=self.loader.local_batch_size,
+            device=world.device,
+            local_world_size=world.local_size,
+        )
+        self.plan = describe_plan(plan)
+        self.task = DistributedModelParallel(task, device=world.device, plan=plan, sharders=[sharder])
+        init_tables(self.task, seed_of=model.table_seed, scale=config.model.init_scale)
+        self.num_steps = loop.num_steps or loop.num_epochs * self.loader.steps_per_epoch
+        self.optimizer = Optimizer(self.task, config.optimizer, self.num_steps)
+        self.members = model.members
+        self.pipeline = TrainPipelineSparseDist(self.task, self.optimizer.combined, world.device)
+        self.step = 0
+
+    def _loader(self, split: str, config: LoaderConfig | None = None) -> Loader:
+        return Loader(
+            self.config.data,
+            split,
+            batch_size=self.config.train.batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            config=config,
+            shuffle=split == "train",
+            tail="drop" if split == "train" else "pad",
+        )
+
+    def train(self) -> dict[str, ClickMetrics] | None:
+        """Train to the last step; rank 0 gets the validation metrics of the end, the others None."""
+        config = self.config
+        run = on_first(lambda: RunFolder.open(config.out, resume=config.resume))
+        if config.resume:
+            self.load(checkpoint.newest(run.checkpoints))
+        if self.world.is_first:
+            run.describe(config, self.schema, self.plan)
+        loop, metrics = config.train, None
+        batches = itertools.islice(self.loader.stream(self.step), self.num_steps - self.step)
+        started, window = time.perf_counter(), self.step
+        with (
+            progress("train", total=self.num_steps * loop.batch_size, unit="rows", show=self.world.is_first) as advance,
+            run.writer(self.world.is_first) as write,
+        ):
+            advance(self.step * loop.batch_size)
+            while self.step < self.num_steps:
+                outputs = self._step(batches)
+                is_last = self.step == self.num_steps
+                note = ""
+                if self.step % loop.log_every == 0 or is_last:
+                    now = time.perf_counter()
+                    losses = mean_over_ranks(outputs.losses_M).tolist()
+                    rate = (self.step - window) * loop.batch_size / (now - started)
+                    write("train", self.step, {"epoch": self.epoch, "rows_per_s": rate, "loss": self._by_name(losses)})
+                    note = "loss " + " ".join(f"{loss:.4f}" for loss in losses)
+                    started, window = now, self.step
+                advance(loop.batch_size, note)
+                if is_last or (loop.validate_every and self.step % loop.validate_every == 0):
+                    predictions = self.predict("valid")
+                    if predictions:
+                        metrics = self.metrics(predictions)
+                        write("valid", self.step, {name: asdict(member) for name, member in metrics.items()})
+                    started, window = time.perf_counter(), self.step
+                if is_last or (loop.save_every and self.step % loop.save_every == 0):
+                    checkpoint.save(run.checkpoints, self.step, self.task, self.optimizer)
+        return metrics
+
+    def _step(self, batches: Iterator[Batch]) -> Outputs:
+        """One forward, backward and update."""
+        self.optimizer.schedule(self.step)
+        for member in self.members:
+            member.reseed(self.world.rank, self.step)
+        outputs: Outputs = self.pipeline.progress(batches)
+        self.step += 1
+        return outputs
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        return self.step / self.loader.steps_per_epoch
+
+    def predict(self, split: str) -> Predictions | None:
+        """Logits and labels of a held-out split; None on ranks other than 0."""
+        # The pipeline has replaced the tables' forward by one that waits for its own batches; progress() attaches again.
+        self.pipeline.detach()
+        return predict(self.task, self._loader(split).once(), self.world)
+
+    def metrics(self, predictions: Predictions) -> dict[str, ClickMetrics]:
+        """Metrics of each member and of the merge."""
+        return member_metrics(predictions, [spec.name for spec in self.specs], RULES[self.config.merge])
+
+    def load(self, path: Path, *, with_optimizer: bool = True) -> None:
+        """Load a checkpoint and go on at its step."""
+        self.step = checkpoint.load(path, self.task, self.optimizer if with_optimizer else None)
+
+    def _by_name(self, values: list[float]) -> dict[str, float]:
+        return dict(zip((spec.name for spec in self.specs), values, strict=True))
