@@ -190,7 +190,11 @@ def _quieten_libraries() -> None:
     """Leave out what torch and torchrec tell their own developers at every start."""
     import logging
 
-    for message in ("Please use DTensor instead", ".*broadcast_buffers. is deprecated", ".*is deprecated. Please use .torch.distributed"):
+    for message in (
+        "Please use DTensor instead",
+        ".*broadcast_buffers. is deprecated",
+        ".*torch.distributed.*is deprecat",
+    ):
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 

@@ -29,6 +29,7 @@ else:
         frozen=True,
         kw_only=True,
     )
+    BackboneConfigs.__module__ = __name__
     BackboneConfigs.__doc__ = "Settings of each backbone, under its name."
 
 

@@ -45,6 +45,7 @@ def test_the_log_has_criteos_columns(made: Made) -> None:
     assert len(lines) == made.summary.rows == NUM_ROWS
     assert {line.count("\t") for line in lines} == {39}
     assert '"' not in lines[0]
+    assert len(set(lines)) == NUM_ROWS, "the chunks repeat one another"
     assert made.log["label"].unique().sort().to_list() == ["0", "1"]
     for name in CRITEO.integers:
         assert made.log[name].drop_nulls().str.contains(r"^(0|[1-9]\d*|-[1-3])$").all(), name
@@ -158,6 +159,8 @@ def test_the_same_config_gives_the_same_bytes_and_a_shorter_log_is_its_head(made
     synthesize(SynthConfig(out=short, num_rows=1000))
     assert again.read_bytes().startswith(short.read_bytes())
     synthesize(SynthConfig(out=other, num_rows=1000, seed=1))
+    lines_of_seeds = zip(short.read_text().splitlines(), other.read_text().splitlines(), strict=True)
+    assert all(a.split("\t")[1:14] != b.split("\t")[1:14] for a, b in lines_of_seeds), "the rows ignore the seed"
     assert not set(other.read_text().split()) & {word for word in short.read_text().split() if len(word) == 8}
 
 

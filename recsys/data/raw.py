@@ -12,7 +12,9 @@ from recsys.data.formats import RawFormat
 
 CHUNK_BYTES = 32 << 20
 GZIP_MAGIC = b"\x1f\x8b"
-_INTEGER = re.compile(rb"-?[0-9]{1,18}")
+_ALPHABET = b"0123456789abcdefABCDEF-\t\n"
+_INTEGER = re.compile(rb"(-?)0*([0-9]{1,19})")
+_INT64 = range(-(2**63), 2**63)
 _HEXADECIMAL = re.compile(rb"[0-9a-fA-F]{1,8}")
 
 
@@ -75,10 +77,10 @@ def _read_gzip(path: Path) -> Iterator[bytes]:
                 yield block
     except EOFError:
         raise InputError(
-            f"{path}: the gzip stream is truncated (it breaks off after {num_bytes:,} bytes of text)"
+            f"{path}: the gzip stream is truncated (it breaks off past {num_bytes:,} bytes of text)"
         ) from None
     except (OSError, isal_zlib.error) as error:
-        raise InputError(f"{path}: the gzip stream is corrupt after {num_bytes:,} bytes of text ({error})") from None
+        raise InputError(f"{path}: the gzip stream is corrupt past {num_bytes:,} bytes of text ({error})") from None
 
 
 def parse(raw: RawFormat, lines: bytes) -> pl.DataFrame | None:
@@ -86,32 +88,33 @@ def parse(raw: RawFormat, lines: bytes) -> pl.DataFrame | None:
 
     Returns None when any row is malformed; `malformed_rows` then says which and why. A wrong number of fields is seen
     by counting tabs: polars refuses rows that are too long, and only rows that are too short make the total differ.
+    The alphabet keeps out what polars would take and we do not: spaces, plus signs, CR LF, byte order marks.
     """
     num_rows = lines.count(b"\n")
-    if lines.count(b"\t") != num_rows * (len(raw.columns) - 1):
+    if lines.count(b"\t") != num_rows * (len(raw.columns) - 1) or lines.translate(None, _ALPHABET):
         return None
-    kinds: dict[str, pl.DataType] = {name: pl.Int64() for name in raw.columns}
-    kinds |= {name: pl.String() for name in raw.categories}
+    kinds = {name: pl.Int64() if name in raw.integers else pl.String() for name in raw.columns}
     try:
         frame = pl.read_csv(lines, separator="\t", has_header=False, schema=kinds, quote_char=None)
     except pl.exceptions.PolarsError:
         return None
+    if frame[raw.label].is_in(["0", "1"]).sum() != num_rows:
+        return None
+    category = pl.col(raw.categories)
     parsed = frame.with_columns(
-        pl.col(raw.categories).str.to_integer(base=16, dtype=pl.UInt32, strict=False),
-        pl.col(raw.label).cast(pl.UInt8, strict=False),
+        pl.when(category.str.len_bytes() <= 8).then(category.str.to_integer(base=16, dtype=pl.UInt32, strict=False)),
+        pl.col(raw.label).cast(pl.UInt8),
     )
-    label = parsed[raw.label]
-    is_whole = frame.height == num_rows and parsed.null_count().row(0)[1:] == frame.null_count().row(0)[1:]
-    return parsed if is_whole and not label.null_count() and label.max() == label.clip(0, 1).max() else None
+    return parsed if parsed.null_count().row(0) == frame.null_count().row(0) else None
 
 
 def malformed_rows(raw: RawFormat, path: Path, lines: bytes, first_row: int) -> tuple[bytes, list[Malformed]]:
     """Separate well-formed lines from malformed ones: the slow, exact way, used only where `parse` gave up."""
     good, bad = [], []
-    for row, line in enumerate(lines.splitlines(keepends=True), start=first_row):
-        problem = _problem(raw, line.removesuffix(b"\n").split(b"\t"))
+    for row, line in enumerate(lines.removesuffix(b"\n").split(b"\n"), start=first_row):
+        problem = _problem(raw, line.split(b"\t"))
         if problem is None:
-            good.append(line)
+            good.append(line + b"\n")
         else:
             bad.append(Malformed(path, row, problem))
     return b"".join(good), bad
@@ -120,6 +123,8 @@ def malformed_rows(raw: RawFormat, path: Path, lines: bytes, first_row: int) -> 
 def _problem(raw: RawFormat, fields: list[bytes]) -> str | None:
     if len(fields) != len(raw.columns):
         return f"{len(fields)} fields instead of {len(raw.columns)} (tab separated: {raw.label}, then the columns)"
+    if fields[-1].endswith(b"\r"):
+        return f"column {raw.columns[-1]}: the line ends in CR LF; only LF is read (`dos2unix` mends it)"
     for name, field in zip(raw.columns, fields, strict=True):
         shown = repr(field.decode(errors="backslashreplace"))
         if name == raw.label:
@@ -128,8 +133,9 @@ def _problem(raw: RawFormat, fields: list[bytes]) -> str | None:
         elif not field:
             continue
         elif name in raw.integers:
-            if not _INTEGER.fullmatch(field):
-                return f"column {name}: {shown} is not an integer"
+            digits = _INTEGER.fullmatch(field)
+            if not digits or int(b"".join(digits.groups())) not in _INT64:
+                return f"column {name}: {shown} is not a 64-bit integer"
         elif not _HEXADECIMAL.fullmatch(field):
             return f"column {name}: {shown} is not a 32-bit hexadecimal category (1 to 8 digits)"
     return None

@@ -19,9 +19,6 @@ from recsys.distributed import on_first
 
 ShardingType = Literal["auto", "table_wise", "column_wise", "row_wise", "table_row_wise", "data_parallel"]
 
-# What "auto" lets the planner choose from. Not data_parallel: its tables have dense gradients, which cost 3 to 4 times
-# the step on a CPU, and are updated by another optimizer.
-AUTO = ["table_wise", "column_wise", "row_wise"]
 ALL_TYPES = [
     "data_parallel",
     "table_wise",
@@ -36,10 +33,17 @@ MIN_COLUMNS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class TableOptimizer:
-    """Row-wise Adagrad, fused into the backward pass of the tables."""
+    """Adagrad that is fused into the backward pass of the tables, with one accumulator a row or one an element."""
 
+    kind: Literal["rowwise_adagrad", "adagrad"]
     lr: float
-    eps: float = 1e-8
+    eps: float
+
+    @property
+    def fused_params(self) -> dict[str, Any]:
+        """FBGEMM's words for it."""
+        kinds = {"rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "adagrad": EmbOptimType.EXACT_ADAGRAD}
+        return {"optimizer": kinds[self.kind], "learning_rate": self.lr, "eps": self.eps}
 
 
 class TableSharder(EmbeddingBagCollectionSharder):
@@ -50,22 +54,33 @@ class TableSharder(EmbeddingBagCollectionSharder):
         return ALL_TYPES
 
 
-def table_sharder(optimizer: TableOptimizer) -> TableSharder:
-    """Build the sharder whose tables are updated in backward by `optimizer`."""
-    return TableSharder(
-        fused_params={
-            "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-            "learning_rate": optimizer.lr,
-            "eps": optimizer.eps,
-        }
-    )
+def allowed_types(sharding: ShardingType, optimizer: TableOptimizer, device: torch.device) -> list[list[str]]:
+    """What the planner may choose from: sets of sharding types, to be tried in turn until one gives a plan.
+
+    Never column-wise under row-wise Adagrad: each column shard would keep an accumulator of its own, so what a model
+    learns would depend on the plan. "auto" leaves out data_parallel, whose dense gradients cost 3 to 4 times the step
+    on a CPU. There it prefers table-wise, the fastest by measurement; the planner's ratings are those of GPUs.
+
+    Raises:
+        InputError: column-wise sharding was asked for with row-wise Adagrad.
+    """
+    if sharding == "column_wise" and optimizer.kind == "rowwise_adagrad":
+        raise InputError(
+            "--train.sharding column_wise would give each column shard an accumulator of its own under row-wise "
+            "Adagrad, so the result would depend on the plan; use --optimizer.tables adagrad, or another sharding"
+        )
+    if sharding != "auto":
+        return [[sharding]]
+    if device.type == "cpu":
+        return [["table_wise"], ["table_wise", "row_wise"]]
+    return [["table_wise", "row_wise", *(["column_wise"] if optimizer.kind == "adagrad" else [])]]
 
 
 def make_plan(
     module: nn.Module,
     sharder: TableSharder,
     *,
-    sharding: ShardingType,
+    allowed: list[list[str]],
     local_batch_size: int,
     device: torch.device,
     local_world_size: int,
@@ -73,38 +88,41 @@ def make_plan(
     """Plan all tables under `module` on rank 0 and give the same plan to all ranks.
 
     Raises:
-        InputError: on every rank, when no plan satisfies the constraints.
+        InputError: on every rank, when no plan fits.
     """
-    allowed = AUTO if sharding == "auto" else [sharding]
-    constraints = {
-        config.name: ParameterConstraints(
-            sharding_types=allowed,
-            min_partition=max(MIN_COLUMNS, config.embedding_dim // dist.get_world_size() // 4 * 4),
-            pooling_factors=[1.0],
-        )
-        for part in module.modules()
-        if isinstance(part, EmbeddingBagCollection)
-        for config in part.embedding_bag_configs()
-    }
     topology = TopologyFactory.create_topology(
         trainer_config=TrainerConfig(world_size=dist.get_world_size(), local_world_size=local_world_size),
         kernel_config=KernelConfig(compute_device=device.type),
     )
-    planner = EmbeddingShardingPlanner(
-        topology=topology,
-        batch_size=local_batch_size,
-        storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
-        constraints=constraints,
-    )
+    tables = [
+        config
+        for part in module.modules()
+        if isinstance(part, EmbeddingBagCollection)
+        for config in part.embedding_bag_configs()
+    ]
 
     def plan() -> ShardingPlan:
-        try:
-            return planner.plan(module, [sharder])
-        except PlannerError as error:
-            why = " ".join(str(error).split())[:400]
-            raise InputError(f"no sharding plan with --train.sharding {sharding}: {why}") from None
+        why = ""
+        for types in allowed:
+            planner = EmbeddingShardingPlanner(
+                topology=topology,
+                batch_size=local_batch_size,
+                storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
+                constraints={table.name: _constraints(table.embedding_dim, types) for table in tables},
+            )
+            try:
+                return planner.plan(module, [sharder])
+            except PlannerError as error:
+                why = " ".join(str(error).split())[:400]
+        raise InputError(f"no sharding plan among {', '.join(allowed[-1])}: {why}")
 
     return on_first(plan)
+
+
+def _constraints(dim: int, types: list[str]) -> ParameterConstraints:
+    # Without min_partition, tables of up to 128 columns are not split by column at all.
+    columns = max(MIN_COLUMNS, dim // dist.get_world_size() // MIN_COLUMNS * MIN_COLUMNS)
+    return ParameterConstraints(sharding_types=types, min_partition=columns, pooling_factors=[1.0])
 
 
 def describe_plan(plan: ShardingPlan) -> dict[str, dict[str, Any]]:

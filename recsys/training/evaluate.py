@@ -5,11 +5,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import polars as pl
 from tyro.conf import Positional
 
 from recsys.config import InputError, load_file
-from recsys.data.schema import Schema
-from recsys.data.synthetic import true_probabilities
+from recsys.data.schema import SPLITS, Schema
+from recsys.data.split import split_of
 from recsys.distributed import World
 from recsys.training import checkpoint
 from recsys.training.metrics import ClickMetrics, click_metrics
@@ -64,7 +65,16 @@ def evaluate(config: EvaluateConfig, world: World) -> dict[str, ClickMetrics] | 
 
 
 def _bayes_optimal(truth: Path, data: Path, split: str, predictions: Predictions) -> ClickMetrics:
-    labels, probabilities = true_probabilities(truth, data, split)
+    """Metrics of the true probabilities, on the rows of the log that `prepare` put into `split`."""
+    manifest = json.loads((data / "manifest.json").read_text())
+    rule, seed, num_rows = manifest["config"]["split"], manifest["config"]["seed"], manifest["num_rows"]
+    try:
+        rows = pl.scan_parquet(truth, row_index_name="row").with_columns(pl.col("row").cast(pl.UInt64))
+        is_held_out = split_of(pl.col("row"), rule, seed=seed, num_rows=num_rows) == SPLITS.index(split)
+        held_out = rows.filter(is_held_out).select("label", "probability").collect()
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise InputError(f"{truth}: not a truth file of `recsys synth` ({error})") from None
+    labels = held_out["label"].to_numpy()
     if len(labels) != len(predictions.labels_N) or labels.sum() != predictions.labels_N.sum():
         raise InputError(f"{truth}: not the truth of the log that {data} was prepared from (other rows or clicks)")
-    return click_metrics(labels, probabilities)
+    return click_metrics(labels, held_out["probability"].to_numpy())

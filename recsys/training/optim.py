@@ -1,4 +1,4 @@
-"""Optimizers: row-wise Adagrad on tables, Adam on the rest, and one learning-rate schedule over both."""
+"""Optimizers: Adagrad on tables, Adam on the rest, and one learning-rate schedule over both."""
 
 import math
 from dataclasses import dataclass
@@ -18,10 +18,12 @@ from recsys.embeddings.sharding import TableOptimizer
 class OptimizerConfig:
     """Learning rates and their schedule."""
 
+    tables: Literal["rowwise_adagrad", "adagrad"] = "rowwise_adagrad"
+    """Adagrad on the embedding tables, with one accumulator a row (a D-th of the memory) or one an element."""
     table_lr: float = 0.05
-    """Row-wise Adagrad on the embedding tables."""
+    """Learning rate of the tables."""
     table_eps: float = 1e-8
-    """Added to the root of a row's accumulated squared gradient."""
+    """Added to the root of the tables' accumulated squared gradients."""
     dense_lr: float = 1e-3
     """Adam on everything else."""
     weight_decay: float = 0.0
@@ -37,9 +39,9 @@ class OptimizerConfig:
                 raise ValueError(f"{name} {getattr(self, name)} must not be negative")
 
     @property
-    def tables(self) -> TableOptimizer:
+    def table_optimizer(self) -> TableOptimizer:
         """The part that is fused into the tables' backward."""
-        return TableOptimizer(lr=self.table_lr, eps=self.table_eps)
+        return TableOptimizer(kind=self.tables, lr=self.table_lr, eps=self.table_eps)
 
     def factor(self, step: int, num_steps: int) -> float:
         """What learning rates are multiplied by at `step` of `num_steps`, counted from 0."""
@@ -54,8 +56,8 @@ class OptimizerConfig:
 class Optimizer:
     """All optimizers of a sharded model, with one schedule.
 
-    Tables that the plan made data-parallel are not in the fused optimizer; here they get the same row-wise Adagrad, so
-    that a table is optimized alike under every plan.
+    Tables that the plan made data-parallel are not in the fused optimizer; here they get the same Adagrad, so that a
+    table is optimized alike under every plan.
     """
 
     def __init__(self, model: DistributedModelParallel, config: OptimizerConfig, num_steps: int) -> None:
@@ -66,8 +68,8 @@ class Optimizer:
         replicated = {name: rest.pop(name) for name in list(rest) if ".embedding_bags." in name}
         parts.append(("dense", _keyed(rest, torch.optim.AdamW, lr=config.dense_lr, weight_decay=config.weight_decay)))
         if replicated:
-            adagrad = _keyed(replicated, RowWiseAdagrad, lr=config.table_lr, eps=config.table_eps)
-            parts.append(("replicated_tables", adagrad))
+            kind = RowWiseAdagrad if config.tables == "rowwise_adagrad" else torch.optim.Adagrad
+            parts.append(("replicated_tables", _keyed(replicated, kind, lr=config.table_lr, eps=config.table_eps)))
         self.combined = CombinedOptimizer(parts)
         self._base_lrs = [
             config.dense_lr if name == "dense" else config.table_lr for name, part in parts for _ in part.param_groups
@@ -82,7 +84,7 @@ class Optimizer:
 
 def _keyed(params: dict[str, nn.Parameter], kind: type[torch.optim.Optimizer], **options: float) -> KeyedOptimizer:
     optimizer = KeyedOptimizerWrapper(params, lambda p: kind(p, **options))
-    if kind is not RowWiseAdagrad:
+    if kind is torch.optim.AdamW:
         # A fresh Adam has no state; without this, loading a checkpoint would skip it and say nothing.
         optimizer.init_state()
     return optimizer

@@ -17,7 +17,7 @@ from recsys.data.loader import Loader, LoaderConfig
 from recsys.data.schema import Schema
 from recsys.distributed import World, mean_over_ranks, on_first
 from recsys.embeddings.init import init_tables
-from recsys.embeddings.sharding import ShardingType, describe_plan, make_plan, table_sharder
+from recsys.embeddings.sharding import ShardingType, TableSharder, allowed_types, describe_plan, make_plan
 from recsys.merge.rules import RULES
 from recsys.model import BackboneConfigs, ModelConfig, RecModel, parse_members
 from recsys.progress import progress
@@ -46,7 +46,7 @@ class LoopConfig:
     save_every: int | None = None
     """Steps between checkpoints; there is always one at the end."""
     sharding: ShardingType = "auto"
-    """Sharding type of all tables; auto lets the planner choose among table-, column- and row-wise."""
+    """Sharding type of all tables; auto lets the planner choose."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_epochs", "num_steps", "log_every", "validate_every", "save_every"):
@@ -99,12 +99,12 @@ class Trainer:
         # their values only then; what is data-parallel is known only after sharding.
         torch.manual_seed(config.seed)
         model = RecModel(self.schema, self.specs, config.model, config.backbones)
-        sharder = table_sharder(config.optimizer.tables)
+        sharder = TableSharder(fused_params=config.optimizer.table_optimizer.fused_params)
         task = ClickTask(model, config.loss)
         plan = make_plan(
             task,
             sharder,
-            sharding=loop.sharding,
+            allowed=allowed_types(loop.sharding, config.optimizer.table_optimizer, world.device),
             local_batch_size=self.loader.local_batch_size,
             device=world.device,
             local_world_size=world.local_size,

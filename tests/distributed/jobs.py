@@ -1,0 +1,117 @@
+"""Small training jobs, in this process or on several gloo ranks, and what they leave behind."""
+
+import dataclasses
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+
+from recsys.backbones.dcnv2 import DCNv2Config
+from recsys.backbones.rankmixer import RankMixerConfig
+from recsys.backbones.wukong import WukongConfig
+from recsys.distributed import World, mean_over_ranks, process_group
+from recsys.model import BackboneConfigs, ModelConfig
+from recsys.training.optim import OptimizerConfig
+from recsys.training.trainer import LoopConfig, TrainConfig, Trainer
+
+NUM_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job computed, seen from rank 0."""
+
+    losses_SM: np.ndarray
+    """Mean loss over all ranks of each member at each step."""
+    logits_NM: np.ndarray
+    """Logits of the validation rows after the last step."""
+    sharding_types: set[str]
+
+
+def small_config(data: Path, **changes: Any) -> TrainConfig:
+    """A config that trains in seconds; `changes` may name fields of any part of it."""
+    values: dict[str, Any] = {
+        "data": data,
+        "out": data / "unused",
+        "backbones": BackboneConfigs(
+            dcnv2=DCNv2Config(num_cross_layers=2, hidden=(16,)),
+            wukong=WukongConfig(num_layers=1, num_fm=4, num_linear=4, fm_rank=4, hidden=(16,)),
+            rankmixer=RankMixerConfig(num_tokens=4, token_dim=16, num_layers=1, expansion=2),
+        ),
+    }
+    parts = {"model": ModelConfig, "optimizer": OptimizerConfig, "train": LoopConfig}
+    defaults: dict[str, dict[str, Any]] = {
+        "model": {"embedding_dim": 8, "dense_hidden": (8,), "init_scale": 0.1},
+        "optimizer": {"table_lr": 0.1, "dense_lr": 0.01},
+        "train": {"batch_size": 128, "num_steps": NUM_STEPS, "sharding": "table_wise"},
+    }
+    for name, kind in parts.items():
+        own = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+        mine = {key: changes.pop(key) for key in list(changes) if key in own and key != "tables"}
+        values[name] = kind(**{**defaults[name], **mine})
+    if "table_optimizer" in changes:
+        values["optimizer"] = dataclasses.replace(values["optimizer"], tables=changes.pop("table_optimizer"))
+    return TrainConfig(**{**values, **changes})
+
+
+def train(config: TrainConfig, world: World) -> Outcome | None:
+    """Train without a run folder; rank 0 gets the outcome."""
+    trainer = Trainer(config, world)
+    batches = islice(trainer.loader.stream(), trainer.num_steps)
+    losses = [mean_over_ranks(trainer._step(batches).losses_M) for _ in range(trainer.num_steps)]
+    predictions = trainer.predict("valid")
+    if predictions is None:
+        return None
+    types = {table["sharding_type"] for table in trainer.plan.values()}
+    return Outcome(torch.stack(losses).numpy(), predictions.logits_NM, types)
+
+
+def train_here(configs: Sequence[TrainConfig]) -> list[Outcome]:
+    """Train one config after another in this process, a job of one rank."""
+    with process_group() as world:
+        torch.set_num_threads(1)
+        outcomes = [train(config, world) for config in configs]
+    return [outcome for outcome in outcomes if outcome is not None]
+
+
+def train_on_ranks(world_size: int, configs: Sequence[TrainConfig], folder: Path) -> list[Outcome]:
+    """Train one config after another on `world_size` gloo ranks, each a process of its own."""
+    port = free_port()
+    mp.start_processes(_rank, args=(world_size, port, list(configs), folder), nprocs=world_size, start_method="spawn")
+    return torch.load(folder / "outcomes.pt", weights_only=False)
+
+
+def _rank(rank: int, world_size: int, port: int, configs: list[TrainConfig], folder: Path) -> None:
+    with torchrun_variables(rank, world_size, port), process_group() as world:
+        outcomes = [train(config, world) for config in configs]
+        if world.is_first:
+            torch.save(outcomes, folder / "outcomes.pt")
+
+
+@contextmanager
+def torchrun_variables(rank: int, world_size: int, port: int) -> Iterator[None]:
+    """The environment that torchrun gives to one of several ranks on this machine."""
+    names = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": world_size,
+        "MASTER_PORT": port,
+    }
+    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
+    yield
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

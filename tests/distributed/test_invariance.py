@@ -1,0 +1,80 @@
+"""Loss depends neither on ranks, nor on the sharding plan, nor on which members train together."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.distributed.jobs import Outcome, small_config, train_here, train_on_ranks
+
+MEMBERS = ("dcnv2", "wukong", "rankmixer")
+LOSS_TOLERANCE, LOGIT_TOLERANCE = 1e-5, 1e-4
+# Each of these on one and two ranks: sharding type, and optimizer of the tables.
+PLANS = {
+    "table_wise": "rowwise_adagrad",
+    "row_wise": "rowwise_adagrad",
+    "data_parallel": "rowwise_adagrad",
+    "column_wise": "adagrad",
+    "data_parallel, adagrad": "adagrad",
+}
+
+
+def assert_same(one: Outcome, other: Outcome) -> None:
+    np.testing.assert_allclose(one.losses_SM, other.losses_SM, atol=LOSS_TOLERANCE, rtol=0)
+    np.testing.assert_allclose(one.logits_NM, other.logits_NM, atol=LOGIT_TOLERANCE, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def one_rank(prepared: Path) -> dict[str, Outcome]:
+    """Table-wise on one rank, with either optimizer."""
+    optimizers = ["rowwise_adagrad", "adagrad"]
+    configs = [small_config(prepared, members=MEMBERS, table_optimizer=optimizer) for optimizer in optimizers]
+    return dict(zip(optimizers, train_here(configs), strict=True))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """Every plan on two ranks."""
+    configs = [
+        small_config(prepared, members=MEMBERS, sharding=plan.split(",")[0], table_optimizer=optimizer)
+        for plan, optimizer in PLANS.items()
+    ]
+    return dict(zip(PLANS, train_on_ranks(2, configs, tmp_path_factory.mktemp("ranks")), strict=True))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_two_ranks_under_every_plan_equal_one_rank(
+    plan: str, one_rank: dict[str, Outcome], two_ranks: dict[str, Outcome]
+) -> None:
+    assert two_ranks[plan].sharding_types == {plan.split(",")[0]}
+    assert_same(two_ranks[plan], one_rank[PLANS[plan]])
+
+
+def test_the_reference_learns(one_rank: dict[str, Outcome]) -> None:
+    losses = one_rank["rowwise_adagrad"].losses_SM
+    assert (losses[-5:].mean(axis=0) < losses[:5].mean(axis=0) - 0.02).all()
+    assert abs(one_rank["rowwise_adagrad"].logits_NM - one_rank["adagrad"].logits_NM).max() > 1e-3
+
+
+def test_three_members_in_one_job_equal_three_jobs_of_one(prepared: Path, one_rank: dict[str, Outcome]) -> None:
+    alone = train_here([small_config(prepared, members=(member,)) for member in MEMBERS])
+    together = one_rank["rowwise_adagrad"]
+    for index, outcome in enumerate(alone):
+        np.testing.assert_allclose(outcome.losses_SM[:, 0], together.losses_SM[:, index], atol=LOSS_TOLERANCE, rtol=0)
+        np.testing.assert_allclose(outcome.logits_NM[:, 0], together.logits_NM[:, index], atol=LOGIT_TOLERANCE, rtol=0)
+
+
+def test_members_do_not_share_a_random_stream(prepared: Path) -> None:
+    dropout = {"embedding_dropout": 0.3, "num_steps": 5}
+    alone, together = train_here(
+        [
+            small_config(prepared, members=("wukong",), **dropout),
+            small_config(prepared, members=("dcnv2", "wukong"), **dropout),
+        ]
+    )
+    np.testing.assert_allclose(alone.losses_SM[:, 0], together.losses_SM[:, 1], atol=LOSS_TOLERANCE, rtol=0)
+
+
+def test_seeds_of_one_backbone_differ(prepared: Path) -> None:
+    (outcome,) = train_here([small_config(prepared, members=("dcnv2*2",), num_steps=5)])
+    assert abs(outcome.logits_NM[:, 0] - outcome.logits_NM[:, 1]).max() > 1e-3
