@@ -49,18 +49,21 @@ def load_file(kind: type[T], path: Path) -> T:
     """Read a config from a `.json`, `.yaml` or `.yml` file; see `load`."""
     try:
         text = path.read_text()
+        values = _parse_yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
     except OSError as error:
         raise InputError(f"{path}: cannot read it ({error.strerror})") from None
-    try:
-        if path.suffix in (".yaml", ".yml"):
-            import yaml  # noqa: PLC0415  (not every start needs it)
-
-            values = yaml.safe_load(text)
-        else:
-            values = json.loads(text)
     except ValueError as error:
         raise InputError(f"{path}: not {path.suffix.lstrip('.') or 'JSON'}: {error}") from None
     return load(kind, values, str(path))
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml  # noqa: PLC0415  (not every start needs it)
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def _load(kind: Any, values: Any, where: str) -> Any:
@@ -82,7 +85,11 @@ def _load(kind: Any, values: Any, where: str) -> Any:
     if origin in (dict, Mapping):
         if not isinstance(values, dict):
             raise InputError(f"{where}: expected a mapping, found {values!r}")
-        return {key: _load(arguments[1], value, f"{where}.{key}") for key, value in values.items()}
+        key_kind, value_kind = arguments
+        return {
+            _load(key_kind, key, f"{where}, key {key!r}"): _load(value_kind, value, f"{where}.{key}")
+            for key, value in values.items()
+        }
     if kind is Path and isinstance(values, str):
         return Path(values)
     if kind is float and isinstance(values, int) and not isinstance(values, bool):
@@ -101,7 +108,7 @@ def _load_dataclass(kind: Any, values: Any, where: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for key in values:
         if key not in fields:
-            raise InputError(f"{where}: unknown field {key!r}; {nearest(key, fields)}")
+            raise InputError(f"{where}: unknown field {key!r}; {nearest(str(key), fields)}")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:

@@ -18,7 +18,7 @@ from recsys.data.schema import Schema
 from recsys.embeddings.tables import TABLE_SEPARATOR, Tables
 
 SHARED = "shared"
-MEMBER_PATTERN = re.compile(r"(?P<backbone>[A-Za-z0-9_]+)(?:\*(?P<count>\d+))?")
+MEMBER_PATTERN = re.compile(r"(?P<backbone>[A-Za-z0-9_]+)(?:\*(?P<count>[1-9]\d*))?")
 
 if TYPE_CHECKING:
     BackboneConfigs = Any
@@ -56,6 +56,8 @@ class ModelConfig:
             raise ValueError(f"embedding_dim {self.embedding_dim} must be a multiple of 4; {right} is")
         if not 0 <= self.embedding_dropout < 1:
             raise ValueError(f"embedding_dropout {self.embedding_dropout} must lie in [0, 1)")
+        if any(width < 1 for width in self.dense_hidden):
+            raise ValueError(f"dense_hidden {self.dense_hidden} must hold widths of at least 1")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def parse_members(texts: Sequence[str], seed: int) -> tuple[MemberSpec, ...]:
     counts = dict.fromkeys(BACKBONES, 0)
     for text in texts:
         match = MEMBER_PATTERN.fullmatch(text)
-        if not match or match["count"] == "0":
+        if not match:
             raise InputError(f"member {text!r} is neither NAME nor NAME*COUNT, like dcnv2 or dcnv2*4")
         backbone = match["backbone"]
         if backbone not in BACKBONES:
@@ -99,11 +101,11 @@ class Member(nn.Module):
 
     def __init__(self, spec: MemberSpec, schema: Schema, config: ModelConfig, backbone_config: Any) -> None:
         super().__init__()
-        self.seed = spec.seed
+        # Backbone and seed together: two backbones of one seed must not draw the same numbers.
+        self.seed = zlib.crc32(f"{spec.backbone}/{spec.seed}".encode())
         dim, num_dense = config.embedding_dim, len(schema.dense)
         with torch.random.fork_rng(devices=[]):
-            # Backbone and seed together: two backbones of one seed must not start from the same numbers.
-            torch.manual_seed(zlib.crc32(f"{spec.backbone}/{spec.seed}".encode()))
+            torch.manual_seed(self.seed)
             self.dense_field: nn.Module | None = None
             if num_dense:
                 hidden = config.dense_hidden

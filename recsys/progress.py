@@ -34,7 +34,8 @@ def _bar(what: str, total: float | None, unit: str) -> Iterator[Callable[..., No
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
 
     started = time.perf_counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+    text = TextColumn("{task.fields[text]}", markup=False)  # a note may be a file's name, brackets and all
+    columns = (TextColumn("{task.description}"), BarColumn(), text, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=total, text="")
         done = 0.0

@@ -35,6 +35,11 @@ class LoaderConfig:
     seed: int = 0
     """Seed of the order of rows."""
 
+    def __post_init__(self) -> None:
+        for name, least in (("slots", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least {least}")
+
 
 @dataclass(frozen=True)
 class RowGroup:
@@ -56,7 +61,7 @@ class Loader:
         config: slots and seed.
         shuffle: False keeps the order of the files.
         tail: what becomes of the rows that do not fill a last global batch: "drop" leaves them out (others each
-            epoch, by the shuffle), "pad" yields them in a batch filled up with rows of weight 0.
+            epoch, by the shuffle), "pad" takes one step more and fills up the last spans with rows of weight 0.
 
     Raises:
         InputError: the split is missing, does not fit the schema, or has fewer rows than one batch.
@@ -155,7 +160,8 @@ class Loader:
         block = np.empty((len(columns), source.num_rows), dtype=np.int32)
         for name, out in zip(columns, block, strict=True):
             values = table[name].to_numpy()
-            values = values.view(np.int32) if name in self.schema.dense else values.astype(np.int32, copy=False)
+            kind = np.float32 if name in self.schema.dense else np.int32
+            values = values.astype(kind, copy=False).view(np.int32)
             np.take(values, rows, out=out)
         return block
 

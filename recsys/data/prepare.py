@@ -20,7 +20,7 @@ from tyro.conf import Positional
 from recsys.config import InputError, dump, nearest
 from recsys.data import vocabulary
 from recsys.data.formats import BUCKET_RULES, DENSE_RULES, FORMATS, RawFormat
-from recsys.data.raw import Malformed, malformed_rows, parse, read_lines
+from recsys.data.raw import Malformed, is_gzip, malformed_rows, parse, read_lines
 from recsys.data.schema import SPLITS, Schema
 from recsys.data.split import TRAIN, split_of
 from recsys.progress import progress
@@ -88,14 +88,19 @@ def prepare(config: PrepareConfig) -> dict:
     """Prepare a raw log and return its manifest.
 
     Raises:
-        InputError: `out` exists, a file cannot be read, or more rows than `max_malformed` are malformed.
+        InputError: `out` exists or cannot be made, a file cannot be read, or more rows than `max_malformed` are malformed.
     """
     if config.out.exists():
         raise InputError(f"{config.out}: exists already; name another --out, or delete it first")
+    for path in config.paths:
+        is_gzip(path)  # a wrong name of the last file is told now, not after hours
     partial = config.out.with_name(f".{config.out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     parts = partial / "parts"
-    parts.mkdir(parents=True)
+    try:
+        parts.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{config.out}: cannot make it ({error.strerror})") from None
     try:
         ingested = _ingest(config, parts)
         manifest = _encode(config, ingested, partial)
@@ -229,7 +234,7 @@ class SplitWriter:
         self.path = folder / "part-00000.parquet"
         self.group_rows = group_rows
         self.num_rows = 0
-        self.label_sum = 0.0
+        self.label_sum = 0
         self._waiting: list[pa.Table] = []
         self._num_waiting = 0
         self._writer: pq.ParquetWriter | None = None
@@ -238,7 +243,7 @@ class SplitWriter:
         """Add rows; whole row groups are written at once."""
         self._writer = self._writer or pq.ParquetWriter(self.path, table.schema, compression="lz4")
         self.num_rows += table.num_rows
-        self.label_sum += table[0].to_numpy().sum()
+        self.label_sum += int(table[0].to_numpy().sum())
         self._waiting.append(table)
         self._num_waiting += table.num_rows
         if self._num_waiting >= self.group_rows:

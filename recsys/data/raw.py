@@ -53,17 +53,26 @@ def read_lines(path: Path) -> Iterator[bytes]:
         raise InputError(f"{path}: the file is empty; expected one click a line")
 
 
-def _read_blocks(path: Path) -> Iterator[bytes]:
+def is_gzip(path: Path) -> bool:
+    """Whether a file is gzip, told by its first bytes.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
     try:
         with path.open("rb") as file:
-            if file.read(len(GZIP_MAGIC)) != GZIP_MAGIC:
-                file.seek(0)
-                while block := file.read(CHUNK_BYTES):
-                    yield block
-                return
+            return file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
     except OSError as error:
         raise InputError(f"{path}: cannot read it ({error.strerror})") from None
-    yield from _read_gzip(path)
+
+
+def _read_blocks(path: Path) -> Iterator[bytes]:
+    if is_gzip(path):
+        yield from _read_gzip(path)
+        return
+    with path.open("rb") as file:
+        while block := file.read(CHUNK_BYTES):
+            yield block
 
 
 def _read_gzip(path: Path) -> Iterator[bytes]:

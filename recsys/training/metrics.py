@@ -14,7 +14,7 @@ class ClickMetrics:
     logloss: float
     """Mean cross-entropy in nats."""
     ne: float
-    """Normalised entropy: logloss over that of always predicting the base rate; below 1 is better than that."""
+    """Normalised entropy: logloss over that of always predicting the base rate; nan when all labels agree."""
     calibration: float
     """Mean prediction over mean label; 1 is right."""
     num_rows: int
@@ -30,7 +30,7 @@ def click_metrics(labels: np.ndarray, probabilities: np.ndarray) -> ClickMetrics
     return ClickMetrics(
         auc=auc(labels, probabilities),
         logloss=loss,
-        ne=loss / entropy if entropy else float("nan"),
+        ne=loss / entropy if 0 < rate < 1 else float("nan"),
         calibration=probabilities.mean() / rate if rate else float("inf"),
         num_rows=len(labels),
     )

@@ -31,7 +31,7 @@ class OptimizerConfig:
     warmup_steps: int = 0
     """Steps over which both learning rates grow from 0."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
-    """How both learning rates fall from the end of the warm-up to 0 at the last step."""
+    """How both learning rates fall from the end of the warm-up to 0 after the last step."""
 
     def __post_init__(self) -> None:
         for name in ("table_lr", "dense_lr", "table_eps", "weight_decay", "warmup_steps"):

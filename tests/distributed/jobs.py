@@ -3,8 +3,7 @@
 import dataclasses
 import os
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -83,22 +82,23 @@ def train_here(configs: Sequence[TrainConfig]) -> list[Outcome]:
 
 
 def train_on_ranks(world_size: int, configs: Sequence[TrainConfig], folder: Path) -> list[Outcome]:
-    """Train one config after another on `world_size` gloo ranks, each a process of its own."""
-    port = free_port()
-    mp.start_processes(_rank, args=(world_size, port, list(configs), folder), nprocs=world_size, start_method="spawn")
+    """Train one config after another on `world_size` gloo ranks."""
+    on_ranks(world_size, _train_all, list(configs), folder / "outcomes.pt")
     return torch.load(folder / "outcomes.pt", weights_only=False)
 
 
-def _rank(rank: int, world_size: int, port: int, configs: list[TrainConfig], folder: Path) -> None:
-    with torchrun_variables(rank, world_size, port), process_group() as world:
-        outcomes = [train(config, world) for config in configs]
-        if world.is_first:
-            torch.save(outcomes, folder / "outcomes.pt")
+def _train_all(world: World, configs: list[TrainConfig], path: Path) -> None:
+    outcomes = [train(config, world) for config in configs]
+    if world.is_first:
+        torch.save(outcomes, path)
 
 
-@contextmanager
-def torchrun_variables(rank: int, world_size: int, port: int) -> Iterator[None]:
-    """The environment that torchrun gives to one of several ranks on this machine."""
+def on_ranks(world_size: int, work: Callable[..., None], *arguments: Any) -> None:
+    """Call `work(world, *arguments)` on gloo ranks, each a process of its own; `work` stands at top level of a module."""
+    mp.start_processes(_rank, args=(world_size, free_port(), work, arguments), nprocs=world_size, start_method="spawn")
+
+
+def _rank(rank: int, world_size: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     names = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -107,7 +107,8 @@ def torchrun_variables(rank: int, world_size: int, port: int) -> Iterator[None]:
         "MASTER_PORT": port,
     }
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
-    yield
+    with process_group() as world:
+        work(world, *arguments)
 
 
 def free_port() -> int:

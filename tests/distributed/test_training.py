@@ -1,0 +1,179 @@
+"""Runs: resumed equals uninterrupted, on as many ranks as there are; evaluated equals trained."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from recsys.config import InputError, load_file
+from recsys.distributed import World, process_group
+from recsys.training import checkpoint
+from recsys.training.evaluate import BAYES_OPTIMAL, EvaluateConfig, evaluate
+from recsys.training.trainer import TrainConfig, Trainer
+from tests.distributed.jobs import on_ranks, small_config
+
+MEMBERS = ("dcnv2", "rankmixer")
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with process_group() as world:
+        torch.set_num_threads(1)
+        yield world
+
+
+def steps(path: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory, world: World) -> TrainConfig:
+    """A run of 20 steps that logs and validates on the way, with dropout."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    config = small_config(
+        prepared, out=out, members=MEMBERS, embedding_dropout=0.2, log_every=1, validate_every=10, save_every=10
+    )
+    Trainer(config, world).train()
+    return config
+
+
+def test_a_run_folder_holds_what_describes_the_run(run: TrainConfig) -> None:
+    assert load_file(TrainConfig, run.out / "config.json") == run
+    assert (run.out / "schema.json").read_bytes() == (run.data / "schema.json").read_bytes()
+    assert set(json.loads((run.out / "plan.json").read_text())) == {
+        f"{member}/C{i}" for member in MEMBERS for i in range(1, 27)
+    }
+    assert [line["step"] for line in steps(run.out, "train")] == list(range(1, 21))
+    assert [line["step"] for line in steps(run.out, "valid")] == [10, 20]
+    assert set(steps(run.out, "valid")[0]) == {"kind", "step", *MEMBERS, "merged"}
+    assert any((run.out / "tensorboard").iterdir())
+    assert sorted(path.name for path in (run.out / "checkpoints").iterdir()) == ["step-00000010", "step-00000020"]
+
+
+def test_validation_on_the_way_does_not_change_training(run: TrainConfig, world: World, tmp_path: Path) -> None:
+    train = dataclasses.replace(run.train, validate_every=None, save_every=None)
+    Trainer(dataclasses.replace(run, out=tmp_path / "run", train=train), world).train()
+    expected = [list(line["loss"].values()) for line in steps(run.out, "train")]
+    found = [list(line["loss"].values()) for line in steps(tmp_path / "run", "train")]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_resumed_equals_uninterrupted(run: TrainConfig, world: World, tmp_path: Path) -> None:
+    half = dataclasses.replace(
+        run, out=tmp_path / "run", train=dataclasses.replace(run.train, num_steps=10, validate_every=None)
+    )
+    Trainer(half, world).train()
+    Trainer(dataclasses.replace(run, out=half.out, resume=True), world).train()
+    expected = [list(line["loss"].values()) for line in steps(run.out, "train")]
+    found = [list(line["loss"].values()) for line in steps(half.out, "train")]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_on_one(prepared: Path, world: World, tmp_path: Path) -> None:
+    whole = small_config(prepared, out=tmp_path / "whole", members=MEMBERS, log_every=1, sharding="table_wise")
+    half = dataclasses.replace(whole, out=tmp_path / "half", train=dataclasses.replace(whole.train, num_steps=10))
+    on_ranks(2, _train, half)
+    Trainer(dataclasses.replace(whole, out=half.out, resume=True), world).train()
+    Trainer(whole, world).train()
+    expected = [list(line["loss"].values()) for line in steps(whole.out, "train")]
+    found = [list(line["loss"].values()) for line in steps(half.out, "train")]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def _train(world: World, config: TrainConfig) -> None:
+    Trainer(config, world).train()
+
+
+def test_evaluate_gives_what_training_reported(run: TrainConfig, world: World, tmp_path: Path) -> None:
+    metrics = evaluate(EvaluateConfig(run=run.out, split="valid", json=tmp_path / "metrics.json"), world)
+    assert metrics is not None
+    reported = steps(run.out, "valid")[-1]
+    for name in (*MEMBERS, "merged"):
+        assert metrics[name].auc == pytest.approx(reported[name]["auc"], abs=1e-6)
+        assert metrics[name].logloss == pytest.approx(reported[name]["logloss"], abs=1e-6)
+    assert json.loads((tmp_path / "metrics.json").read_text())["metrics"]["merged"]["auc"] == metrics["merged"].auc
+
+
+def test_evaluate_sets_the_best_possible_beside_the_members(
+    run: TrainConfig, world: World, synthetic_log: Path
+) -> None:
+    truth = synthetic_log.with_name(f"{synthetic_log.name}.truth.parquet")
+    metrics = evaluate(EvaluateConfig(run=run.out, truth=truth), world)
+    assert metrics is not None
+    best = metrics.pop(BAYES_OPTIMAL)
+    assert all(best.auc > member.auc and best.logloss < member.logloss for member in metrics.values())
+    assert best.num_rows == metrics["merged"].num_rows
+
+
+def test_truth_of_another_log_is_refused(run: TrainConfig, world: World, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a truth file"):
+        evaluate(EvaluateConfig(run=run.out, truth=tmp_path / "none.parquet"), world)
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(run: TrainConfig, world: World) -> None:
+    before = (run.out / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match="holds a run already"):
+        Trainer(run, world).train()
+    assert (run.out / "metrics.jsonl").read_bytes() == before
+
+
+def test_there_must_be_a_run_to_resume(run: TrainConfig, world: World, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no run to resume"):
+        Trainer(dataclasses.replace(run, out=tmp_path / "none", resume=True), world).train()
+
+
+def test_evaluate_needs_a_run_with_a_checkpoint(run: TrainConfig, world: World, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no run folder"):
+        evaluate(EvaluateConfig(run=tmp_path), world)
+    (tmp_path / "config.json").write_bytes((run.out / "config.json").read_bytes())
+    (tmp_path / "schema.json").write_bytes((run.out / "schema.json").read_bytes())
+    (tmp_path / "checkpoints" / ".step-00000010.partial").mkdir(parents=True)
+    with pytest.raises(InputError, match="no checkpoint"):
+        evaluate(EvaluateConfig(run=tmp_path), world)
+
+
+def test_data_of_another_schema_is_refused(run: TrainConfig, world: World, tmp_path: Path) -> None:
+    schema = json.loads((run.data / "schema.json").read_text())
+    schema["sparse"]["C3"] += 1
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    with pytest.raises(InputError, match="feature C3 has"):
+        evaluate(EvaluateConfig(run=run.out, data=tmp_path), world)
+
+
+def test_column_wise_under_rowwise_adagrad_is_refused(prepared: Path, world: World) -> None:
+    with pytest.raises(InputError, match=r"--optimizer\.tables adagrad"):
+        Trainer(small_config(prepared, sharding="column_wise"), world)
+
+
+def test_shared_tables_and_joint_loss_train(prepared: Path, world: World, tmp_path: Path) -> None:
+    config = small_config(prepared, out=tmp_path / "run", members=MEMBERS, loss="joint", log_every=1)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, tables="shared"))
+    Trainer(config, world).train()
+    assert set(json.loads((config.out / "plan.json").read_text())) == {f"shared/C{i}" for i in range(1, 27)}
+    losses = [sum(line["loss"].values()) for line in steps(config.out, "train")]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.04
+
+
+def test_bf16_stays_close_to_fp32(prepared: Path, world: World, tmp_path: Path) -> None:
+    logits = []
+    for precision in ("fp32", "bf16"):
+        trainer = Trainer(small_config(prepared, members=MEMBERS, precision=precision), world)
+        batches = trainer.loader.stream()
+        for _ in range(10):
+            trainer._step(batches)
+        predictions = trainer.predict("valid")
+        assert predictions is not None
+        logits.append(predictions.logits_NM)
+    assert 0 < abs(logits[0] - logits[1]).mean() < 0.02
+
+
+def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> None:
+    for name in ("step-00000009", "step-00000100", ".step-00000200.partial", "step-x"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.newest(tmp_path).name == "step-00000100"
