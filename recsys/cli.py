@@ -4,10 +4,12 @@ Only what a verb needs is imported, so that help is instant: torch takes seconds
 """
 
 import importlib
+import io
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verb, *rest = arguments
         if verb not in VERBS:
             raise InputError(f"unknown verb {verb!r}; {nearest(verb, VERBS)}")
-        return globals()[f"_{verb}"](rest)
+        status: int = globals()[f"_{verb}"](rest)
     except InputError as error:
         # All ranks of a job raise alike; one line is enough.
         if os.environ.get("RANK", "0") == "0":
@@ -57,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    return status
 
 
 def _usage() -> str:
@@ -69,11 +72,15 @@ def _parse(kind: type[T], verb: str, arguments: Sequence[str], default: Any = No
 
     options = {} if default is None else {"default": default}
     try:
-        return tyro.cli(kind, prog=f"recsys {verb}", args=arguments, **options)
-    except InputError:
+        with redirect_stderr(io.StringIO()) as told:
+            config: T = tyro.cli(kind, prog=f"recsys {verb}", args=arguments, **options)
+    except SystemExit as stop:
+        # What a config's __post_init__ says is one line already; tyro would wrap it in a box, on every rank.
+        if isinstance(stop.__context__, ValueError):
+            raise InputError(str(stop.__context__)) from None
+        print(told.getvalue(), end="", file=sys.stderr)
         raise
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    return config
 
 
 def _synth(arguments: list[str]) -> int:
@@ -136,9 +143,13 @@ def _recipe(name: str) -> "TrainConfig":
     if ":" in name:
         module, function = name.split(":", maxsplit=1)
         try:
-            return getattr(importlib.import_module(module), function)()
+            make = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError) as error:
             raise InputError(f"recipe {name!r}: {error}") from None
+        config = make()
+        if not isinstance(config, TrainConfig):
+            raise InputError(f"recipe {name!r} returns {type(config).__name__} instead of TrainConfig")
+        return config
     raise InputError(
         f"unknown recipe {name!r}; {nearest(name, RECIPES)} (or a config file, or package.module:function)"
     )

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class InputError(ValueError):
-    """What the user gave cannot work. The message says what, where, and what would; the CLI prints it and exits with 2."""
+    """What the user gave cannot work. The message says what, where, and what would; the CLI prints it and exits 2."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -67,38 +67,43 @@ def _parse_yaml(text: str) -> Any:
 
 
 def _load(kind: Any, values: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return values
+    origin = typing.get_origin(kind)
     if dataclasses.is_dataclass(kind):
         return _load_dataclass(kind, values, where)
     if origin in (typing.Union, types.UnionType):
-        return _load_union(arguments, values, where)
-    if origin is typing.Literal:
-        if values not in arguments:
-            raise InputError(f"{where}: {values!r} is not one of {', '.join(map(repr, arguments))}")
-        return values
+        return _load_union(typing.get_args(kind), values, where)
+    if origin in (tuple, list, dict, Mapping):
+        return _load_collection(kind, values, where)
+    return _load_scalar(kind, values, where)
+
+
+def _load_scalar(kind: Any, value: Any, where: str) -> Any:
+    if typing.get_origin(kind) is typing.Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise InputError(f"{where}: {value!r} is not one of {', '.join(map(repr, choices))}")
+    elif kind is Path and type(value) is str:
+        return Path(value)
+    elif kind is float and type(value) is int:
+        return float(value)
+    elif kind is not Any and type(value) is not kind:
+        raise InputError(f"{where}: expected {getattr(kind, '__name__', kind)}, found {value!r}")
+    return value
+
+
+def _load_collection(kind: Any, values: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (tuple, list):
         if not isinstance(values, list):
             raise InputError(f"{where}: expected a list, found {values!r}")
         return origin(_load(arguments[0], value, f"{where}[{i}]") for i, value in enumerate(values))
-    if origin in (dict, Mapping):
-        if not isinstance(values, dict):
-            raise InputError(f"{where}: expected a mapping, found {values!r}")
-        key_kind, value_kind = arguments
-        return {
-            _load(key_kind, key, f"{where}, key {key!r}"): _load(value_kind, value, f"{where}.{key}")
-            for key, value in values.items()
-        }
-    if kind is Path and isinstance(values, str):
-        return Path(values)
-    if kind is float and isinstance(values, int) and not isinstance(values, bool):
-        return float(values)
-    if kind is type(None) and values is None:
-        return None
-    if type(values) is not kind:
-        raise InputError(f"{where}: expected {getattr(kind, '__name__', kind)}, found {values!r}")
-    return values
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: expected a mapping, found {values!r}")
+    key_kind, value_kind = arguments
+    return {
+        _load(key_kind, key, f"{where}, key {key!r}"): _load(value_kind, value, f"{where}.{key}")
+        for key, value in values.items()
+    }
 
 
 def _load_dataclass(kind: Any, values: Any, where: str) -> Any:

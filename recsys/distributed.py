@@ -20,7 +20,7 @@ TIMEOUT = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of its job."""
+    """One process among those of its job."""
 
     rank: int
     size: int

@@ -1,4 +1,4 @@
-"""Every row on one rank once, the same global batches on any number of ranks, resumable, and each column in its place."""
+"""Every row on one rank once, the same global batches for any number of ranks, resumable, each column in its place."""
 
 import itertools
 import threading

@@ -1,6 +1,7 @@
 """The learning-rate schedule."""
 
 import math
+from typing import Any
 
 import pytest
 
@@ -41,8 +42,9 @@ def test_a_run_shorter_than_its_warmup_only_warms_up() -> None:
 @pytest.mark.parametrize("name", ["table_lr", "dense_lr", "table_eps", "weight_decay", "warmup_steps"])
 @pytest.mark.parametrize("value", [-1, math.nan])
 def test_negative_settings_are_named(name: str, value: float) -> None:
+    fields: dict[str, Any] = {name: value}
     with pytest.raises(ValueError, match=f"{name} {value} must not be negative"):
-        OptimizerConfig(**{name: value})
+        OptimizerConfig(**fields)
 
 
 def test_tables_get_the_table_settings() -> None:

@@ -1,15 +1,16 @@
 """Loader: prepared Parquet to batches, shuffled, sharded over ranks, resumable at any step.
 
 An epoch is one order of all rows: row groups in an order drawn from (seed, epoch), rows within a group permuted by
-(seed, epoch, group). That order is cut in `slots` equal spans, and every global batch takes its share from each span, so
-rows of many groups meet in a batch while only `slots` groups are open. Rank r of R reads slots [r S / R, (r+1) S / R). So
-the rows of a global batch do not depend on R, every row is read by exactly one rank, all ranks make the same number of
-steps, and any (epoch, step) is reached by arithmetic.
+(seed, epoch, group). That order is cut in `slots` equal spans, and every global batch takes its share from each span,
+so rows of many groups meet in a batch while only `slots` groups are open. Rank r of R reads slots
+[r S / R, (r+1) S / R). So every row is read by exactly one rank, all ranks make the same number of steps, any
+(epoch, step) is reached by arithmetic, and the rows of a global batch are the same for every R that divides `slots`.
 """
 
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -231,10 +232,9 @@ def prefetch(batches: Iterator[Batch], depth: int = PREFETCHED_BATCHES) -> Itera
 
     def put(item: Batch | BaseException | None) -> None:
         while not stopped.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+            with suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return
 
     def work() -> None:
         try:

@@ -1,8 +1,9 @@
 """Prepare: raw click logs to Parquet and schema.json, in bounded memory.
 
-Three stages. Ingest parses raw text once into typed parts and notes what is malformed. The vocabulary counts each column
-over training rows. Encode turns parts into ids and dense features, written by split in row groups of one size. All of it
-happens in a folder beside `out` that takes its name only at the end, so a prepared folder is always a whole one.
+Three stages. Ingest parses raw text once into typed parts and notes what is malformed. The vocabulary counts each
+column over training rows. Encode turns parts into ids and dense features, written by split in row groups of one size.
+All of it happens in a folder beside `out` that takes its name only at the end, so a prepared folder is always a whole
+one.
 """
 
 import json
@@ -88,7 +89,8 @@ def prepare(config: PrepareConfig) -> dict:
     """Prepare a raw log and return its manifest.
 
     Raises:
-        InputError: `out` exists or cannot be made, a file cannot be read, or more rows than `max_malformed` are malformed.
+        InputError: `out` exists or cannot be made, a file cannot be read, or more rows are malformed than
+            `max_malformed`.
     """
     if config.out.exists():
         raise InputError(f"{config.out}: exists already; name another --out, or delete it first")

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -82,7 +82,7 @@ class Optimizer:
             group["lr"] = base * factor
 
 
-def _keyed(params: dict[str, nn.Parameter], kind: type[torch.optim.Optimizer], **options: float) -> KeyedOptimizer:
+def _keyed(params: dict[str, nn.Parameter], kind: type[torch.optim.Optimizer], **options: Any) -> KeyedOptimizer:
     optimizer = KeyedOptimizerWrapper(params, lambda p: kind(p, **options))
     if kind is torch.optim.AdamW:
         # A fresh Adam has no state; without this, loading a checkpoint would skip it and say nothing.

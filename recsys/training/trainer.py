@@ -184,7 +184,7 @@ class Trainer:
 
     def predict(self, split: str) -> Predictions | None:
         """Logits and labels of a held-out split; None on ranks other than 0."""
-        # The pipeline has replaced the tables' forward by one that waits for its own batches; progress() attaches again.
+        # The pipeline has made the tables' forward wait for batches of its own; its next progress() attaches it again.
         self.pipeline.detach()
         return predict(self.task, self._loader(split).once(), self.world)
 

@@ -53,7 +53,7 @@ def small_config(data: Path, **changes: Any) -> TrainConfig:
         "train": {"batch_size": 128, "num_steps": NUM_STEPS, "sharding": "table_wise"},
     }
     for name, kind in parts.items():
-        own = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+        own = {field.name for field in dataclasses.fields(kind)}
         mine = {key: changes.pop(key) for key in list(changes) if key in own and key != "tables"}
         values[name] = kind(**{**defaults[name], **mine})
     if "table_optimizer" in changes:
@@ -94,7 +94,7 @@ def _train_all(world: World, configs: list[TrainConfig], path: Path) -> None:
 
 
 def on_ranks(world_size: int, work: Callable[..., None], *arguments: Any) -> None:
-    """Call `work(world, *arguments)` on gloo ranks, each a process of its own; `work` stands at top level of a module."""
+    """Call `work(world, *arguments)` on gloo ranks, each a process of its own; `work` is a module's function."""
     mp.start_processes(_rank, args=(world_size, free_port(), work, arguments), nprocs=world_size, start_method="spawn")
 
 
