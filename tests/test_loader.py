@@ -130,11 +130,18 @@ def test_the_order_is_a_function_of_seed_and_epoch(folder: Path) -> None:
     assert order(0, 1) != order(1, 0)
 
 
-def test_rows_of_a_group_are_shuffled_too(folder: Path) -> None:
-    # With one slot the groups come one after the other.
-    order = np.array(flat(global_batches(folder, 1, config=LoaderConfig(slots=1))))
-    within = np.diff(order)[np.diff(np.searchsorted(GROUP_ENDS, order, side="right")) == 0]
-    assert (within == 1).mean() < 0.1
+def test_groups_and_rows_within_groups_are_shuffled_anew_by_seed_and_epoch(folder: Path) -> None:
+    groups, within_one = [], []
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        # With one slot the groups come one after the other.
+        steps = global_batches(folder, 1, epoch, tail="pad", config=LoaderConfig(slots=1, seed=seed))
+        group_of = {row: int(np.searchsorted(GROUP_ENDS, row, side="right")) for row in flat(steps)}
+        groups.append([group for group, _ in itertools.groupby(group_of.values())])
+        within_one.append([row for row, group in group_of.items() if group == 1])
+        assert sorted(groups[-1]) == list(range(len(GROUP_ENDS)))
+    in_file_order = [list(range(len(GROUP_ENDS))), list(range(40, 80))]
+    for orders, unshuffled in zip((groups, within_one), in_file_order, strict=True):
+        assert all(first != second for first, second in itertools.combinations([*orders, unshuffled], 2))
 
 
 def test_a_batch_has_rows_of_many_groups(folder: Path) -> None:

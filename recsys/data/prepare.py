@@ -134,10 +134,10 @@ def _ingest(config: PrepareConfig, folder: Path) -> Ingested:
                 advance(frame.height, path.name)
                 if sum(f.height for f in waiting) >= PART_ROWS:
                     flush()
-    if waiting:
-        flush()
-    if not found.num_rows:
-        raise InputError(f"{config.paths[0]}: no well-formed row in it")
+        if waiting:
+            flush()
+        if not found.num_rows:
+            raise InputError(f"{config.paths[0]}: no well-formed row in it")
     return found
 
 

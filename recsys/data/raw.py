@@ -63,16 +63,23 @@ def is_gzip(path: Path) -> bool:
         with path.open("rb") as file:
             return file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
     except OSError as error:
-        raise InputError(f"{path}: cannot read it ({error.strerror})") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path}: cannot read it ({error.strerror})")
 
 
 def _read_blocks(path: Path) -> Iterator[bytes]:
     if is_gzip(path):
         yield from _read_gzip(path)
         return
-    with path.open("rb") as file:
-        while block := file.read(CHUNK_BYTES):
-            yield block
+    try:
+        with path.open("rb") as file:
+            while block := file.read(CHUNK_BYTES):
+                yield block
+    except OSError as error:
+        raise _unreadable(path, error) from None
 
 
 def _read_gzip(path: Path) -> Iterator[bytes]:
@@ -88,7 +95,7 @@ def _read_gzip(path: Path) -> Iterator[bytes]:
         raise InputError(
             f"{path}: the gzip stream is truncated (it breaks off past {num_bytes:,} bytes of text)"
         ) from None
-    except (OSError, isal_zlib.error) as error:
+    except (OSError, isal_zlib.error) as error:  # type: ignore[misc]  # its stub gives an instance
         raise InputError(f"{path}: the gzip stream is corrupt past {num_bytes:,} bytes of text ({error})") from None
 
 

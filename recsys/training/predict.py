@@ -28,7 +28,7 @@ def predict(task: nn.Module, batches: Iterator[Batch], world: World) -> Predicti
     """Run the task over this rank's batches; rank 0 gets the predictions of all ranks, the others None."""
     was_training = task.training
     task.eval()
-    outputs: list[Outputs] = [task(batch.to(world.device))[1] for batch in batches]
+    outputs: list[Outputs] = [task(batch.to(world.device, non_blocking=True))[1] for batch in batches]
     task.train(was_training)
     gathered = [
         gather_to_first(torch.cat([getattr(output, name) for output in outputs]).float())
