@@ -114,7 +114,7 @@ def _train(arguments: list[str]) -> int:
     from recsys.training.trainer import TrainConfig
 
     if not arguments or arguments[0] in ("-h", "--help"):
-        names = "\n".join(f"  {name:<16}{make.__doc__}" for name, make in RECIPES.items())
+        names = "\n".join(f"  {name:<22}{make.__doc__}" for name, make in RECIPES.items())
         print(
             f"usage: recsys train RECIPE ...\n\nRECIPE is a config file, a package.module:function, or one of\n{names}"
         )

@@ -43,6 +43,8 @@ class ModelConfig:
     """Share of embedding values that are dropped in training, before the backbone."""
     dense_hidden: tuple[int, ...] = (64,)
     """Hidden widths of the layers that turn the dense columns into one more field."""
+    head_hidden: tuple[int, ...] = ()
+    """Hidden widths between a backbone and its logit; Wukong and RankMixer gain by some."""
     init_scale: float = 0.01
     """Tables start uniform in [-init_scale, init_scale)."""
     tables: Literal["private", "shared"] = "private"
@@ -56,8 +58,9 @@ class ModelConfig:
             raise ValueError(f"embedding_dim {self.embedding_dim} must be a multiple of 4; {right} is")
         if not 0 <= self.embedding_dropout < 1:
             raise ValueError(f"embedding_dropout {self.embedding_dropout} must lie in [0, 1)")
-        if any(width < 1 for width in self.dense_hidden):
-            raise ValueError(f"dense_hidden {self.dense_hidden} must hold widths of at least 1")
+        for name in ("dense_hidden", "head_hidden"):
+            if any(width < 1 for width in getattr(self, name)):
+                raise ValueError(f"{name} {getattr(self, name)} must hold widths of at least 1")
 
 
 @dataclass(frozen=True)
@@ -108,13 +111,10 @@ class Member(nn.Module):
             torch.manual_seed(self.seed)
             self.dense_field: nn.Module | None = None
             if num_dense:
-                hidden = config.dense_hidden
-                self.dense_field = nn.Sequential(
-                    mlp(num_dense, hidden, dropout=0.0), linear(hidden[-1] if hidden else num_dense, dim)
-                )
+                self.dense_field = _mlp_to(dim, num_dense, config.dense_hidden)
             self.dropout = Dropout(config.embedding_dropout)
             self.backbone = BACKBONES[spec.backbone](schema.num_fields, dim, backbone_config)
-            self.head = linear(self.backbone.out_dim, 1)
+            self.head = _mlp_to(1, self.backbone.out_dim, config.head_hidden)
 
     def forward(self, x_BFD: Tensor, dense_BN: Tensor) -> Tensor:
         """Field embeddings [B, sparse features, D] and dense columns [B, num_dense] to logits [B]."""
@@ -126,6 +126,10 @@ class Member(nn.Module):
         """Start the random streams of this member anew, as a function of its seed and `where` (rank, step) alone."""
         for index, layer in enumerate(part for part in self.modules() if isinstance(part, Dropout)):
             layer.reseed(hash((self.seed, index, *where)))
+
+
+def _mlp_to(out_dim: int, in_dim: int, hidden: tuple[int, ...]) -> nn.Sequential:
+    return nn.Sequential(mlp(in_dim, hidden, dropout=0.0), linear(hidden[-1] if hidden else in_dim, out_dim))
 
 
 class Members(nn.Module):
