@@ -66,7 +66,9 @@ class Optimizer:
         parts: list[tuple[str, KeyedOptimizer]] = [("tables", model.fused_optimizer)]
         rest = dict(in_backward_optimizer_filter(model.named_parameters()))
         replicated = {name: rest.pop(name) for name in list(rest) if ".embedding_bags." in name}
-        parts.append(("dense", _keyed(rest, torch.optim.AdamW, lr=config.dense_lr, weight_decay=config.weight_decay)))
+        parts.append(
+            ("dense", _keyed(rest, torch.optim.AdamW, lr=config.dense_lr, weight_decay=config.weight_decay, fused=True))
+        )
         if replicated:
             kind = RowWiseAdagrad if config.tables == "rowwise_adagrad" else torch.optim.Adagrad
             parts.append(("replicated_tables", _keyed(replicated, kind, lr=config.table_lr, eps=config.table_eps)))
