@@ -670,6 +670,7 @@ def test_the_hash_tells_schemas_apart(change: dict[str, Any]) -> None:
         ({"sparse": {"C1": 0}}, "sparse feature 'C1' has 0 ids; it needs at least id 0"),
         ({"sparse": {"C1": "5"}}, "expected int, found '5'"),
         ({"sparse": {}}, "sparse is empty; a model needs at least one sparse feature"),
+        ({"labels": []}, "labels is empty; a model needs a column to predict"),
         ({"dense": ["C1"]}, "column 'C1' stands twice; every column needs a name of its own"),
         ({"dense": ["I1", "I1"]}, "column 'I1' stands twice; every column needs a name of its own"),
         ({"labels": None}, "expected a list, found None"),

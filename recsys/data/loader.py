@@ -63,7 +63,6 @@ class Loader:
         shuffle: False keeps the order of the files.
         tail: what becomes of the rows that do not fill a last global batch: "drop" leaves them out (others each
             epoch, by the shuffle), "pad" takes one step more and fills up the last spans with rows of weight 0.
-        pin_memory: yield batches in page-locked memory, for a CUDA device.
 
     Raises:
         InputError: the split is missing, does not fit the schema, or has fewer rows than one batch.
@@ -80,7 +79,6 @@ class Loader:
         config: LoaderConfig | None = None,
         shuffle: bool = True,
         tail: Literal["drop", "pad"] = "drop",
-        pin_memory: bool = False,
     ) -> None:
         config = config or LoaderConfig()
         if batch_size < 1 or batch_size % world_size:
@@ -93,7 +91,6 @@ class Loader:
         self.local_batch_size = batch_size // world_size
         self.seed = config.seed
         self.shuffle = shuffle
-        self.pin_memory = pin_memory
         self.steps_per_epoch = self.num_rows // batch_size if tail == "drop" else -(-self.num_rows // batch_size)
         if not self.steps_per_epoch:
             raise InputError(
@@ -127,7 +124,8 @@ class Loader:
                 weights[at : at + cursor.copy_rows(block[:, at : at + share])] = 1.0
                 at += share
             batch = self._one_each.batch(block, weights)
-            yield batch.pin_memory() if self.pin_memory else batch
+            # Copies from page-locked memory to a CUDA device overlap with its work.
+            yield batch.pin_memory() if torch.cuda.is_available() else batch
 
     def stream(self, step: int = 0) -> Iterator[Batch]:
         """Yield batches without end from global step `step` on, epoch after epoch, prefetched in a thread."""

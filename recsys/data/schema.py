@@ -28,6 +28,8 @@ class Schema:
         doubled = sorted({column for column in columns if columns.count(column) > 1})
         if doubled:
             raise ValueError(f"column {doubled[0]!r} stands twice; every column needs a name of its own")
+        if not self.labels:
+            raise ValueError("labels is empty; a model needs a column to predict")
         if not self.sparse:
             raise ValueError("sparse is empty; a model needs at least one sparse feature")
         for feature, num_ids in self.sparse.items():

@@ -128,7 +128,6 @@ class Trainer:
             config=config,
             shuffle=split == "train",
             tail="drop" if split == "train" else "pad",
-            pin_memory=self.world.device.type == "cuda",
         )
 
     def train(self) -> dict[str, ClickMetrics] | None:

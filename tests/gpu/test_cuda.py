@@ -31,7 +31,7 @@ def test_cuda_trains_to_what_a_cpu_trains_to(prepared: Path, sharding: str) -> N
 
 
 def test_batches_are_pinned(prepared: Path) -> None:
-    batch = next(Loader(prepared, "train", batch_size=64, pin_memory=True).epoch(0))
+    batch = next(Loader(prepared, "train", batch_size=64).epoch(0))
     assert batch.dense.is_pinned()
     assert batch.sparse.values().is_pinned()
 
