@@ -10,7 +10,7 @@ PYTHON ?= python3
 # What the environment was last made for, else cpu: `make test` after `make setup ACCELERATOR=cuda` keeps CUDA.
 ACCELERATOR ?= $(or $(shell cat $(VENV)/accelerator 2>/dev/null),cpu)
 DEMO ?= demo
-ROWS ?= 200000
+ROWS ?= 150000
 
 # Exists only after a complete setup; older than the requirements or pyproject.toml, it is out of date.
 INSTALLED := $(VENV)/.installed-$(ACCELERATOR)

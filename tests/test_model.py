@@ -1,5 +1,6 @@
 """Members do not know of one another, fields come in schema order, tables start alike under every plan."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -302,6 +303,21 @@ def test_one_logit_a_member(dense: tuple[str, ...]) -> None:
         assert_close(build([spec], schema).eval()(random_batch(schema)), logits_BM[:, [index]])
 
 
+def test_the_wide_term_is_linear_in_the_embeddings() -> None:
+    config = dataclasses.replace(CONFIG, embedding_dropout=0.0, head_hidden=(4,))
+    plain, wide = (
+        Member(JOB[0], SCHEMA, dataclasses.replace(config, wide=wide), BACKBONE_CONFIGS.dcnv2).eval()
+        for wide in (False, True)
+    )
+    x_BFD, dense_BN = torch.randn(B, 3, 8), torch.randn(B, 3)
+    assert wide.wide is not None
+    wide.load_state_dict(plain.state_dict() | {f"wide.{name}": p for name, p in wide.wide.state_dict().items()})
+    assert wide.dense_field is not None
+    fields_BFD = torch.cat([x_BFD, wide.dense_field(dense_BN).unsqueeze(1)], dim=1)
+    term_B = (fields_BFD.flatten(1) * wide.wide.weight[0]).sum(dim=1) + wide.wide.bias
+    assert_close(wide(x_BFD, dense_BN), plain(x_BFD, dense_BN) + term_B)
+
+
 def test_shared_tables_serve_all_members() -> None:
     model = build(config=ModelConfig(embedding_dim=8, tables="shared"))
     assert len(list(model.embedding.parameters())) == len(SCHEMA.sparse)
@@ -344,7 +360,9 @@ def test_in_one_job_each_member_gets_the_gradient_that_it_gets_alone() -> None:
 def test_the_joint_loss_gives_other_gradients() -> None:
     joint, independent = gradients(JOB, "joint"), gradients(JOB)
     assert joint.keys() == independent.keys()
-    assert not any(torch.allclose(joint[name], independent[name]) for name in joint if "head.weight" in name)
+    heads = [name for name in joint if ".head." in name and name.endswith("weight")]
+    assert len(heads) == len(JOB)
+    assert not any(torch.allclose(joint[name], independent[name]) for name in heads)
 
 
 def test_outputs_carry_no_gradients() -> None:

@@ -131,7 +131,7 @@ def test_pairs_add_to_what_single_columns_say() -> None:
     logit = model.bias + terms.sum(axis=0)
     label = rng.random(CHUNK_ROWS) < 1 / (1 + np.exp(-logit))
     first_order_auc, bayes_auc = roc_auc_score(label, terms[:2].sum(axis=0)), roc_auc_score(label, logit)
-    assert 0.70 < first_order_auc < bayes_auc - 0.02
+    assert 0.70 < first_order_auc < bayes_auc - 0.01
     # Single columns cannot learn what the pairs and the mixed term add: it has mean zero whatever one id is.
     for field in {field for pair in synthetic.PAIRS for field in pair}:
         with_top_id = terms[2:, ids[field - 1] == 1]

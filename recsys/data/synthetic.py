@@ -50,7 +50,7 @@ LATENT_RANK = 2
 PAIRS = ((1, 17), (2, 14), (5, 23), (6, 10), (9, 13), (7, 17))
 MIXED = (5, 14)  # The slope of log I5 depends on C14.
 # Standard deviation over the rows of each group of terms of the logit: categories, integers, PAIRS, MIXED.
-STRENGTHS = (1.1, 0.6, 0.5, 0.3)
+STRENGTHS = (1.15, 0.6, 0.35, 0.25)
 
 TABLES, EFFECTS, CALIBRATION, ROWS = range(4)  # The random streams of a seed.
 
