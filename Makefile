@@ -51,7 +51,9 @@ format: $(INSTALLED) ## Format the code and mend what ruff can
 	ruff check --fix
 
 demo: $(INSTALLED) ## From a synthetic log to the evaluation of three merged members, on two processes
+	@test ! -e "$(DEMO)" || test -e "$(DEMO)/.made-by-demo" || { echo "$(DEMO) exists and is no demo of ours: use make demo DEMO=FOLDER" >&2; exit 2; }
 	rm -rf -- "$(DEMO)"
+	mkdir -p "$(DEMO)" && touch "$(DEMO)/.made-by-demo"
 	recsys synth --out "$(DEMO)/log.tsv.gz" --num-rows $(ROWS)
 	recsys prepare criteo_kaggle "$(DEMO)/log.tsv.gz" --out "$(DEMO)/data"
 	torchx run -s local_cwd launchers/train.py:ddp -j 1x2 -- \
@@ -59,5 +61,6 @@ demo: $(INSTALLED) ## From a synthetic log to the evaluation of three merged mem
 	recsys evaluate "$(DEMO)/run" --truth "$(DEMO)/log.tsv.gz.truth.parquet"
 
 clean: ## Remove everything that make made, .venv and the demo too
-	rm -rf -- $(VENV) "$(DEMO)" build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	test ! -e "$(DEMO)/.made-by-demo" || rm -rf -- "$(DEMO)"
+	rm -rf -- $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

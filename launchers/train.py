@@ -38,7 +38,7 @@ def ddp(  # noqa: PLR0913  (the flags of a torchx component are its arguments)
         memory_mb: memory per node
         h: named resource of a node, instead of cpu, gpu and memory_mb
         env: further environment variables
-        max_retries: restarts of the workers after a failure
+        max_retries: restarts of the workers after a failure; give the recipe --resume, so that they go on
         rdzv_port: port of the first node at which the nodes meet, where there are several
         image: container image, where the scheduler wants one
     """
@@ -54,7 +54,8 @@ def ddp(  # noqa: PLR0913  (the flags of a torchx component are its arguments)
         memMB=memory_mb,
         h=h,
         j=j,
-        env={**ENVIRONMENT, **(env or {})},
+        # torchx hands max_retries to the scheduler alone; this is what makes torchrun restart workers.
+        env={**ENVIRONMENT, "PET_MAX_RESTARTS": str(max_retries), **(env or {})},
         max_retries=max_retries,
         rdzv_port=rdzv_port,
     )

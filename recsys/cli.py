@@ -57,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"recsys: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"recsys: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     return status
@@ -142,6 +145,7 @@ def _recipe(name: str) -> "TrainConfig":
         return load_file(TrainConfig, Path(name))
     if ":" in name:
         module, function = name.split(":", maxsplit=1)
+        sys.path.insert(0, str(Path.cwd()))
         try:
             make = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError) as error:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import fbgemm_gpu
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -34,20 +35,22 @@ class World:
         return self.rank == 0
 
 
-def rank_from_environment() -> int:
-    """Rank that torchrun gave this process, 0 without torchrun; needs no process group."""
-    return int(os.environ.get("RANK", "0"))
-
-
 @contextmanager
 def process_group() -> Iterator[World]:
-    """Join the job that torchrun's variables describe, or be a job of one: nccl on CUDA, gloo on a CPU."""
+    """Join the job that torchrun's variables describe, or be a job of one: nccl on CUDA, gloo on a CPU.
+
+    Raises:
+        InputError: more ranks than GPUs on this machine.
+    """
+    # Without MASTER_ADDR the others are not torchrun's: some schedulers set RANK and WORLD_SIZE too.
+    launched = os.environ if "MASTER_ADDR" in os.environ else {}
+    local_rank, local_size = int(launched.get("LOCAL_RANK", "0")), int(launched.get("LOCAL_WORLD_SIZE", "1"))
     world = World(
-        rank=rank_from_environment(),
-        size=int(os.environ.get("WORLD_SIZE", "1")),
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        device=_device(int(os.environ.get("LOCAL_RANK", "0"))),
+        rank=int(launched.get("RANK", "0")),
+        size=int(launched.get("WORLD_SIZE", "1")),
+        local_rank=local_rank,
+        local_size=local_size,
+        device=_device(local_rank, local_size),
     )
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
@@ -55,7 +58,7 @@ def process_group() -> Iterator[World]:
         # torchrun sets OMP_NUM_THREADS=1, which leaves cores idle when there are fewer ranks than cores.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
     backend = "cuda:nccl,cpu:gloo" if world.device.type == "cuda" else "gloo"
-    if "MASTER_ADDR" in os.environ:
+    if launched:
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
@@ -65,25 +68,50 @@ def process_group() -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _device(local_rank: int) -> torch.device:
-    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+def _device(local_rank: int, local_size: int) -> torch.device:
+    # A CPU build of fbgemm beside a CUDA build of torch has no tables for the GPU.
+    if not torch.cuda.is_available() or fbgemm_gpu.__variant__ == "cpu":
+        return torch.device("cpu")
+    if local_size > torch.cuda.device_count():
+        raise InputError(
+            f"{local_size} ranks on a machine with {torch.cuda.device_count()} GPUs; start one a GPU (-j NODESxGPUS)"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def on_first(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 and give its result, or its InputError, to all ranks.
+    """Run `work` on rank 0 and give its result, or its error, to all ranks.
 
     What one rank decides, all must learn, or the others wait for it in the next collective until that times out.
     """
-    outcome: list[Any] = [None]
+    outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
-        try:
-            outcome = [work()]
-        except InputError as error:
-            outcome = [error]
+        outcome = _attempt(work)
     dist.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], InputError):
-        raise outcome[0]
+    if outcome[1] is not None:
+        raise outcome[1]
     return outcome[0]
+
+
+def on_every(work: Callable[[], T]) -> T:
+    """Run `work` on every rank; where it fails on one, all raise that rank's error."""
+    result, error = _attempt(work)
+    errors: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for rank, found in enumerate(errors):
+        if isinstance(found, InputError) and errors[0] is None:
+            raise InputError(f"rank {rank}: {found}")
+        if found is not None:
+            raise found
+    return result
+
+
+def _attempt(work: Callable[[], T]) -> list[Any]:
+    """Result and error, one of them None."""
+    try:
+        return [work(), None]
+    except Exception as error:
+        return [None, error]
 
 
 def gather_to_first(tensor: Tensor) -> Tensor | None:

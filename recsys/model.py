@@ -18,6 +18,8 @@ from recsys.data.schema import Schema
 from recsys.embeddings.tables import TABLE_SEPARATOR, Tables
 
 SHARED = "shared"
+# Between the seeds of members of one backbone, so that jobs of seed 0, 1, 2, ... have no member in common.
+SEED_STRIDE = 1000
 MEMBER_PATTERN = re.compile(r"(?P<backbone>[A-Za-z0-9_]+)(?:\*(?P<count>[1-9]\d*))?")
 
 if TYPE_CHECKING:
@@ -76,7 +78,7 @@ class MemberSpec:
 
 
 def parse_members(texts: Sequence[str], seed: int) -> tuple[MemberSpec, ...]:
-    """Read `dcnv2 wukong` or `dcnv2*4`: the first member of a backbone gets `seed`, its next ones seed + 1, ...
+    """Read `dcnv2 wukong` or `dcnv2*4`: the first member of a backbone gets `seed`, its next ones seed + 1000, ...
 
     So a member's name and seed do not depend on which others are asked for.
 
@@ -96,7 +98,7 @@ def parse_members(texts: Sequence[str], seed: int) -> tuple[MemberSpec, ...]:
             index = counts[backbone]
             counts[backbone] += 1
             name = backbone if index == 0 else f"{backbone}_{index + 1}"
-            members.append(MemberSpec(name, backbone, seed + index))
+            members.append(MemberSpec(name, backbone, seed + index * SEED_STRIDE))
     if not members:
         raise InputError(f"no member named; known backbones are {', '.join(BACKBONES)}")
     return tuple(members)
@@ -176,9 +178,11 @@ class RecModel(nn.Module):
         self, schema: Schema, members: Sequence[MemberSpec], config: ModelConfig, backbones: BackboneConfigs
     ) -> None:
         super().__init__()
-        self.specs = tuple(members)
-        owners = [SHARED] if config.tables == "shared" else [spec.name for spec in members]
-        self.embedding = Tables(schema.sparse, dict.fromkeys(owners, config.embedding_dim))
+        if config.tables == "shared":
+            self._owner_seeds = {SHARED: f"{members[0].seed}{TABLE_SEPARATOR}{SHARED}"}
+        else:
+            self._owner_seeds = {spec.name: f"{spec.seed}{TABLE_SEPARATOR}{spec.backbone}" for spec in members}
+        self.embedding = Tables(schema.sparse, dict.fromkeys(self._owner_seeds, config.embedding_dim))
         built = {}
         for spec in members:
             try:
@@ -192,12 +196,6 @@ class RecModel(nn.Module):
         return self.members(self.embedding(batch.sparse), batch.dense)
 
     def table_seed(self, table: str) -> str:
-        """What a table's initial values are drawn from: the seed of its owner and its feature."""
+        """What a table's initial values are drawn from: its owner's backbone and seed, and its feature."""
         owner, feature = table.split(TABLE_SEPARATOR, maxsplit=1)
-        seeds = {spec.name: spec.seed for spec in self.specs}
-        return (
-            f"{seeds.get(owner, self.specs[0].seed)}{TABLE_SEPARATOR}{self._backbone(owner)}{TABLE_SEPARATOR}{feature}"
-        )
-
-    def _backbone(self, owner: str) -> str:
-        return next((spec.backbone for spec in self.specs if spec.name == owner), SHARED)
+        return f"{self._owner_seeds[owner]}{TABLE_SEPARATOR}{feature}"

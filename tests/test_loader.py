@@ -1,5 +1,6 @@
 """Every row on one rank once, the same global batches for any number of ranks, resumable, each column in its place."""
 
+import dataclasses
 import itertools
 import threading
 from collections.abc import Generator, Iterator, Sequence
@@ -22,7 +23,7 @@ SCHEMA = Schema(name="tiny", dense=("row", "half"), sparse={"c": 1000, "a": 7, "
 FILES = ((40, 40, 40, 13), (40, 7), (40, 40, 40, 40, 40, 3))  # Rows of every row group of every file.
 GROUP_ENDS = np.cumsum(list(itertools.chain(*FILES)))
 NUM_ROWS = int(GROUP_ENDS[-1])
-BATCH = 24  # 16 slots do not divide it.
+BATCH = 24  # 16 slots do not divide it, nor do the 48 that are the default.
 STEPS = NUM_ROWS // BATCH
 
 any_ranks = pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -163,7 +164,7 @@ def test_without_shuffle_ranks_one_after_the_other_keep_the_order_of_the_files(f
     assert [row for rank in ranks for batch in rank for row in rows(batch)] == list(range(NUM_ROWS))
 
 
-@pytest.mark.parametrize("slots", [1, 5, 40])
+@pytest.mark.parametrize("slots", [2, 6, 40])
 def test_any_number_of_slots_works(folder: Path, slots: int) -> None:
     steps = global_batches(folder, 2, tail="pad", config=LoaderConfig(slots=slots))
     assert sorted(flat(steps)) == list(range(NUM_ROWS))
@@ -308,6 +309,20 @@ def test_fewer_rows_than_a_batch(folder: Path) -> None:
         loader(folder, batch_size=NUM_ROWS + 1)
     assert loader(folder, batch_size=NUM_ROWS).steps_per_epoch == 1
     assert loader(folder, batch_size=NUM_ROWS + 1, tail="pad").steps_per_epoch == 1
+
+
+def test_slots_that_ranks_cannot_share_are_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"48 slots cannot be shared by 5 ranks .* --loader.slots 50"):
+        Loader(folder, "train", batch_size=25, world_size=5)
+
+
+def test_an_id_beyond_the_schema_is_named(folder: Path) -> None:
+    schema = Schema.load(folder)
+    feature = next(iter(schema.sparse))
+    dataclasses.replace(schema, sparse=schema.sparse | {feature: 2}).save(folder)
+    with pytest.raises(InputError, match=rf"row group 0: column {feature} holds ids \d+ to \d+, but .* gives it 2 ids"):
+        Loader(folder, "train", batch_size=BATCH)
+    schema.save(folder)
 
 
 @pytest.mark.parametrize(("fields", "message"), [({"slots": 0}, "slots 0"), ({"seed": -1}, "seed -1")])

@@ -71,13 +71,18 @@ def parameters(module: nn.Module) -> Tensor:
     ("texts", "expected"),
     [
         (["wukong"], [("wukong", "wukong", 7)]),
-        (["dcnv2*2"], [("dcnv2", "dcnv2", 7), ("dcnv2_2", "dcnv2", 8)]),
-        (["dcnv2", "dcnv2*2"], [("dcnv2", "dcnv2", 7), ("dcnv2_2", "dcnv2", 8), ("dcnv2_3", "dcnv2", 9)]),
-        (["dcnv2", "wukong", "dcnv2"], [("dcnv2", "dcnv2", 7), ("wukong", "wukong", 7), ("dcnv2_2", "dcnv2", 8)]),
+        (["dcnv2*2"], [("dcnv2", "dcnv2", 7), ("dcnv2_2", "dcnv2", 1007)]),
+        (["dcnv2", "dcnv2*2"], [("dcnv2", "dcnv2", 7), ("dcnv2_2", "dcnv2", 1007), ("dcnv2_3", "dcnv2", 2007)]),
+        (["dcnv2", "wukong", "dcnv2"], [("dcnv2", "dcnv2", 7), ("wukong", "wukong", 7), ("dcnv2_2", "dcnv2", 1007)]),
     ],
 )
 def test_names_and_seeds_count_up_within_a_backbone(texts: list[str], expected: list[tuple[str, str, int]]) -> None:
     assert parse_members(texts, seed=7) == tuple(MemberSpec(*spec) for spec in expected)
+
+
+def test_jobs_of_other_seeds_have_no_member_in_common() -> None:
+    seeds = [spec.seed for seed in range(5) for spec in parse_members(["dcnv2*5"], seed)]
+    assert len(set(seeds)) == 25
 
 
 def test_a_member_is_the_same_whoever_rides_along() -> None:

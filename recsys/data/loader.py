@@ -7,6 +7,7 @@ so rows of many groups meet in a batch while only `slots` groups are open. Rank 
 (epoch, step) is reached by arithmetic, and the rows of a global batch are the same for every R that divides `slots`.
 """
 
+import itertools
 import queue
 import threading
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ PREFETCHED_BATCHES = 4
 class LoaderConfig:
     """How training rows are read."""
 
-    slots: int = 16
+    slots: int = 48
     """Row groups that are open at once over all ranks; rounded up to a multiple of the ranks."""
     seed: int = 0
     """Seed of the order of rows."""
@@ -98,7 +99,12 @@ class Loader:
                 f"lower the batch size to {self.num_rows} at most"
             )
         # Slot k takes rows [k B / S, (k+1) B / S) of every global batch: whole numbers, also where S does not divide B.
-        slots = -(-config.slots // world_size) * world_size if shuffle else world_size
+        slots = config.slots if shuffle else world_size
+        if slots % world_size:
+            raise InputError(
+                f"{slots} slots cannot be shared by {world_size} ranks equally, and other slots mean other batches; "
+                f"use --loader.slots {-(-slots // world_size) * world_size} from the first step of a run on"
+            )
         shares = [k * batch_size // slots for k in range(slots + 1)]
         own = range(rank * slots // world_size, (rank + 1) * slots // world_size)
         self._slots = [(shares[k], shares[k + 1]) for k in own]
@@ -133,7 +139,7 @@ class Loader:
 
         def batches() -> Iterator[Batch]:
             yield from self.epoch(epoch, first_step)
-            for later in _count_from(epoch + 1):
+            for later in itertools.count(epoch + 1):
                 yield from self.epoch(later)
 
         return prefetch(batches())
@@ -274,11 +280,28 @@ def _row_groups(folder: Path, split: str, schema: Schema) -> list[RowGroup]:
         missing = [c for c in (*schema.labels, *schema.dense, *schema.sparse) if c not in file.schema_arrow.names]
         if missing:
             raise InputError(f"{path}: column {missing[0]!r} of schema.json is not in it; prepare again")
+        _check_ids(path, file.metadata, schema)
         groups += [RowGroup(path, i, file.metadata.row_group(i).num_rows) for i in range(file.num_row_groups)]
+    if not sum(group.num_rows for group in groups):
+        raise InputError(f"{folder / split}: no row in it; prepare a longer log, or with another split rule")
     return groups
 
 
-def _count_from(first: int) -> Iterator[int]:
-    while True:
-        yield first
-        first += 1
+def _check_ids(path: Path, metadata: pq.FileMetaData, schema: Schema) -> None:
+    """Compare the largest id of each column, which Parquet notes per row group, with the schema's size.
+
+    Nothing else would tell: TorchRec maps an id beyond a table's end to row 0.
+    """
+    columns = {metadata.schema.column(i).name: i for i in range(metadata.num_columns)}
+    for feature, num_ids in schema.sparse.items():
+        for group in range(metadata.num_row_groups):
+            statistics = metadata.row_group(group).column(columns[feature]).statistics
+            if (
+                statistics is not None
+                and statistics.has_min_max
+                and not 0 <= statistics.min <= statistics.max < num_ids
+            ):
+                raise InputError(
+                    f"{path}, row group {group}: column {feature} holds ids {statistics.min} to {statistics.max}, "
+                    f"but schema.json gives it {num_ids} ids; prepare again"
+                )

@@ -9,14 +9,16 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from recsys.config import InputError
 from recsys.training.optim import Optimizer
 
 NAME = re.compile(r"step-(\d+)")
 
 
-def save(folder: Path, step: int, model: DistributedModelParallel, optimizer: Optimizer) -> Path:
-    """Write model, optimizers and step as `folder/step-N` from all ranks; the name appears when all of it is there."""
+def save(folder: Path, step: int, model: DistributedModelParallel, optimizer: Optimizer, config: Path) -> Path:
+    """Write model, optimizers, step and a copy of the file `config` as `folder/step-N` from all ranks.
+
+    The name appears when all of it is there. Ranks on several machines need `folder` on a disk that they share.
+    """
     path = folder / f"step-{step:08d}"
     partial = folder / f".{path.name}.partial"
     if dist.get_rank() == 0:
@@ -26,22 +28,21 @@ def save(folder: Path, step: int, model: DistributedModelParallel, optimizer: Op
     dcp.save(_state(model, optimizer, step), checkpoint_id=str(partial))
     dist.barrier()
     if dist.get_rank() == 0:
+        shutil.copy(config, partial / "config.json")
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
     dist.barrier()
     return path
 
 
-def newest(folder: Path) -> Path:
-    """The complete checkpoint of the highest step.
+def newest(folder: Path) -> Path | None:
+    """The complete checkpoint of the highest step, if there is one."""
+    return max((path for path in folder.glob("step-*") if NAME.fullmatch(path.name)), key=step_of, default=None)
 
-    Raises:
-        InputError: there is none.
-    """
-    found = {int(match[1]): path for path in folder.glob("step-*") if (match := NAME.fullmatch(path.name))}
-    if not found:
-        raise InputError(f"{folder}: no checkpoint in it; the run that writes there has not saved one yet")
-    return found[max(found)]
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name tells."""
+    return int(path.name.removeprefix("step-"))
 
 
 def load(path: Path, model: DistributedModelParallel, optimizer: Optimizer | None = None) -> int:

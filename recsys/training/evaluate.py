@@ -11,7 +11,7 @@ from tyro.conf import Positional
 from recsys.config import InputError, load_file
 from recsys.data.schema import SPLITS, Schema
 from recsys.data.split import split_of
-from recsys.distributed import World
+from recsys.distributed import World, on_first
 from recsys.training import checkpoint
 from recsys.training.metrics import ClickMetrics, click_metrics
 from recsys.training.predict import Predictions
@@ -48,10 +48,14 @@ def evaluate(config: EvaluateConfig, world: World) -> dict[str, ClickMetrics] | 
     if config.data:
         train_config = replace(train_config, data=config.data)
     run.check_schema(Schema.load(train_config.data))
-    newest = checkpoint.newest(run.checkpoints)
+    newest = on_first(lambda: checkpoint.newest(run.checkpoints))
+    if newest is None:
+        raise InputError(f"{run.checkpoints}: no checkpoint in it; the run has not saved one yet")
+    if config.json and not config.json.absolute().parent.is_dir():
+        raise InputError(f"--json {config.json}: no such folder to write it to")
     trainer = Trainer(train_config, world)
     trainer.load(newest, with_optimizer=False)
-    predictions = trainer.predict(config.split)
+    predictions = trainer.predict(trainer.held_out(config.split))
     if predictions is None:
         return None
     metrics = trainer.metrics(predictions)
@@ -66,7 +70,10 @@ def evaluate(config: EvaluateConfig, world: World) -> dict[str, ClickMetrics] | 
 
 def _bayes_optimal(truth: Path, data: Path, split: str, predictions: Predictions) -> ClickMetrics:
     """Metrics of the true probabilities, on the rows of the log that `prepare` put into `split`."""
-    manifest = json.loads((data / "manifest.json").read_text())
+    try:
+        manifest = json.loads((data / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{data / 'manifest.json'}: cannot read which rows are held out ({error})") from None
     rule, seed, num_rows = manifest["config"]["split"], manifest["config"]["seed"], manifest["num_rows"]
     try:
         rows = pl.scan_parquet(truth, row_index_name="row").with_columns(pl.col("row").cast(pl.UInt64))

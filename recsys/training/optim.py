@@ -34,7 +34,9 @@ class OptimizerConfig:
     """How both learning rates fall from the end of the warm-up to 0 after the last step."""
 
     def __post_init__(self) -> None:
-        for name in ("table_lr", "dense_lr", "table_eps", "weight_decay", "warmup_steps"):
+        if not self.table_eps > 0:
+            raise ValueError(f"table_eps {self.table_eps} must be above 0: a row without gradients divides by it")
+        for name in ("table_lr", "dense_lr", "weight_decay", "warmup_steps"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} {getattr(self, name)} must not be negative")
 
@@ -87,6 +89,10 @@ class Optimizer:
 def _keyed(params: dict[str, nn.Parameter], kind: type[torch.optim.Optimizer], **options: Any) -> KeyedOptimizer:
     optimizer = KeyedOptimizerWrapper(params, lambda p: kind(p, **options))
     if kind is torch.optim.AdamW:
-        # A fresh Adam has no state; without this, loading a checkpoint would skip it and say nothing.
+        # A fresh Adam has no state, and loading a checkpoint would skip it and say nothing. init_state() makes it by a
+        # step on zero gradients, which must neither decay a parameter nor count; `schedule` sets the learning rate.
+        optimizer.param_groups[0]["lr"] = 0.0
         optimizer.init_state()
+        for state in optimizer.state.values():
+            state["step"].zero_()
     return optimizer

@@ -22,15 +22,15 @@ class RunFolder:
         """Take a folder for a new run, or for going on with the one in it.
 
         Raises:
-            InputError: it holds a run and `resume` is off, or it holds none and `resume` is on.
+            InputError: it holds a run and `resume` is off, or it cannot be made.
         """
         folder = cls(path)
-        holds_run = folder.config.exists()
-        if resume and not holds_run:
-            raise InputError(f"{path}: no run to resume in it; leave --resume away to start one")
-        if not resume and holds_run:
+        if folder.config.exists() and not resume:
             raise InputError(f"{path}: holds a run already; name another --out, or go on with it by --resume")
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{path}: cannot make the run folder ({error.strerror})") from None
         return folder
 
     @classmethod
@@ -79,14 +79,20 @@ class RunFolder:
         raise InputError(f"the data does not fit the run {self.path}: other dense columns or labels")
 
     @contextmanager
-    def writer(self, is_first: bool) -> Iterator[Callable[[str, int, Mapping[str, Any]], None]]:
-        """Yield `write(kind, step, values)`, which appends to metrics.jsonl and to TensorBoard's events, on rank 0."""
+    def writer(self, step: int, is_first: bool) -> Iterator[Callable[[str, int, Mapping[str, Any]], None]]:
+        """Yield `write(kind, step, values)`, which appends to metrics.jsonl and to TensorBoard's events, on rank 0.
+
+        What an earlier attempt wrote past `step`, from where this one goes on, is dropped.
+        """
         if not is_first:
             yield lambda kind, step, values: None
             return
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (slow to import, and for rank 0 alone)
 
-        with SummaryWriter(self.path / "tensorboard") as board, (self.path / "metrics.jsonl").open("a") as file:
+        lines = self.path / "metrics.jsonl"
+        kept = [line for line in _lines(lines) if json.loads(line)["step"] <= step]
+        lines.write_text("".join(kept))
+        with SummaryWriter(self.path / "tensorboard", purge_step=step + 1) as board, lines.open("a") as file:
 
             def write(kind: str, step: int, values: Mapping[str, Any]) -> None:
                 file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
@@ -95,6 +101,11 @@ class RunFolder:
                     board.add_scalar(f"{kind}/{name}", value, step)
 
             yield write
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines; a writer that was killed may have left half a one."""
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

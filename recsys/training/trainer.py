@@ -1,9 +1,11 @@
 """The trainer: builds a sharded task and runs the one loop."""
 
+import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,11 +13,11 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from recsys.config import nearest
+from recsys.config import InputError, load_file, nearest
 from recsys.data.batch import Batch
 from recsys.data.loader import Loader, LoaderConfig
 from recsys.data.schema import Schema
-from recsys.distributed import World, mean_over_ranks, on_first
+from recsys.distributed import World, mean_over_ranks, on_every, on_first
 from recsys.embeddings.init import init_tables
 from recsys.embeddings.sharding import ShardingType, TableSharder, allowed_types, describe_plan, make_plan
 from recsys.merge.rules import RULES
@@ -72,7 +74,7 @@ class TrainConfig:
     merge: str = "mean_logit"
     """How members' logits become one: mean_logit or mean_probability."""
     resume: bool = False
-    """Go on from the newest checkpoint in `out`."""
+    """Go on from the newest checkpoint in `out`; where there is none, start."""
     model: ModelConfig = field(default_factory=ModelConfig)
     backbones: BackboneConfigs = field(default_factory=BackboneConfigs)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -85,15 +87,40 @@ class TrainConfig:
         parse_members(self.members, self.seed)
 
 
+# What a resumed run may do otherwise: how long it goes on, what it reports and where it stands.
+MAY_CHANGE = {"data", "out", "resume", "train"}
+
+
+def check_same_job(before: TrainConfig, now: TrainConfig) -> None:
+    """Compare the config of a checkpoint with that of a run that goes on from it.
+
+    Raises:
+        InputError: something differs that would make another run of it, naming the field.
+    """
+    fields = {f.name: (getattr(before, f.name), getattr(now, f.name)) for f in dataclasses.fields(now)}
+    fields = {name: values for name, values in fields.items() if name not in MAY_CHANGE}
+    fields["batch_size"] = (before.train.batch_size, now.train.batch_size)
+    for name, (old, new) in fields.items():
+        if old != new:
+            raise InputError(
+                f"{now.out}: cannot go on with {name} {new}, the run has {old}; name another --out to start a new run"
+            )
+    if (before.train.sharding == "data_parallel") != (now.train.sharding == "data_parallel"):
+        raise InputError(
+            f"{now.out}: cannot go on with sharding {now.train.sharding} from {before.train.sharding}: data-parallel "
+            "tables keep their optimizer state elsewhere"
+        )
+
+
 class Trainer:
     """Everything of one run on one rank."""
 
     def __init__(self, config: TrainConfig, world: World) -> None:
         self.config, self.world = config, world
         loop = config.train
-        self.schema = Schema.load(config.data)
+        self.schema, self.loader = on_every(lambda: (Schema.load(config.data), self._loader("train")))
+        self.valid_loader = self.held_out("valid")
         self.specs = parse_members(config.members, config.seed)
-        self.loader = self._loader("train", config.loader)
 
         # The order matters: tables are planned while they are on the meta device, take memory only as shards, and get
         # their values only then; what is data-parallel is known only after sharding.
@@ -118,14 +145,18 @@ class Trainer:
         self.pipeline = TrainPipelineSparseDist(self.task, self.optimizer.combined, world.device)
         self.step = 0
 
-    def _loader(self, split: str, config: LoaderConfig | None = None) -> Loader:
+    def held_out(self, split: str) -> Loader:
+        """Every row of a split once, in the order of its files."""
+        return on_every(lambda: self._loader(split))
+
+    def _loader(self, split: str) -> Loader:
         return Loader(
             self.config.data,
             split,
             batch_size=self.config.train.batch_size,
             rank=self.world.rank,
             world_size=self.world.size,
-            config=config,
+            config=self.config.loader,
             shuffle=split == "train",
             tail="drop" if split == "train" else "pad",
         )
@@ -133,17 +164,17 @@ class Trainer:
     def train(self) -> dict[str, ClickMetrics] | None:
         """Train to the last step; rank 0 gets the validation metrics of the end, the others None."""
         config = self.config
-        run = on_first(lambda: RunFolder.open(config.out, resume=config.resume))
-        if config.resume:
-            self.load(checkpoint.newest(run.checkpoints))
+        run, newest = on_first(self._open_run)
+        if newest:
+            self.load(newest)
         if self.world.is_first:
-            run.describe(config, self.schema, self.plan)
+            run.describe(replace(config, resume=False), self.schema, self.plan)
         loop, metrics = config.train, None
-        batches = itertools.islice(self.loader.stream(self.step), self.num_steps - self.step)
+        batches = itertools.islice(self.loader.stream(self.step), max(self.num_steps - self.step, 0))
         started, window = time.perf_counter(), self.step
         with (
             progress("train", total=self.num_steps * loop.batch_size, unit="rows", show=self.world.is_first) as advance,
-            run.writer(self.world.is_first) as write,
+            run.writer(self.step, self.world.is_first) as write,
         ):
             advance(self.step * loop.batch_size)
             while self.step < self.num_steps:
@@ -153,20 +184,45 @@ class Trainer:
                 if self.step % loop.log_every == 0 or is_last:
                     now = time.perf_counter()
                     losses = mean_over_ranks(outputs.losses_M).tolist()
+                    self._check_finite(losses)
                     rate = (self.step - window) * loop.batch_size / (now - started)
                     write("train", self.step, {"epoch": self.epoch, "rows_per_s": rate, "loss": self._by_name(losses)})
                     note = "loss " + " ".join(f"{loss:.4f}" for loss in losses)
                     started, window = now, self.step
                 advance(loop.batch_size, note)
+                if is_last or (loop.save_every and self.step % loop.save_every == 0):
+                    checkpoint.save(run.checkpoints, self.step, self.task, self.optimizer, run.config)
                 if is_last or (loop.validate_every and self.step % loop.validate_every == 0):
-                    predictions = self.predict("valid")
+                    predictions = self.predict(self.valid_loader)
                     if predictions:
                         metrics = self.metrics(predictions)
                         write("valid", self.step, {name: asdict(member) for name, member in metrics.items()})
                     started, window = time.perf_counter(), self.step
-                if is_last or (loop.save_every and self.step % loop.save_every == 0):
-                    checkpoint.save(run.checkpoints, self.step, self.task, self.optimizer)
         return metrics
+
+    def _open_run(self) -> tuple[RunFolder, Path | None]:
+        """Take the run folder, and find what to go on from; a folder without a checkpoint is begun anew."""
+        config = self.config
+        run = RunFolder.open(config.out, resume=config.resume)
+        newest = checkpoint.newest(run.checkpoints) if config.resume else None
+        if newest:
+            before = load_file(TrainConfig, newest / "config.json")
+            check_same_job(before, config)
+            run.check_schema(self.schema)
+            if checkpoint.step_of(newest) >= self.num_steps:
+                raise InputError(
+                    f"{config.out}: the run has reached step {checkpoint.step_of(newest)} of {self.num_steps}; "
+                    "evaluate it, or raise --train.num-epochs or --train.num-steps"
+                )
+        return run, newest
+
+    def _check_finite(self, losses: list[float]) -> None:
+        for spec, loss in zip(self.specs, losses, strict=True):
+            if not math.isfinite(loss):
+                raise InputError(
+                    f"the loss of member {spec.name} is {loss} at step {self.step}; lower --optimizer.dense-lr "
+                    f"({self.config.optimizer.dense_lr}) or --optimizer.table-lr ({self.config.optimizer.table_lr})"
+                )
 
     def _step(self, batches: Iterator[Batch]) -> Outputs:
         """One forward, backward and update."""
@@ -182,11 +238,11 @@ class Trainer:
         """Passes over the data so far."""
         return self.step / self.loader.steps_per_epoch
 
-    def predict(self, split: str) -> Predictions | None:
-        """Logits and labels of a held-out split; None on ranks other than 0."""
+    def predict(self, loader: Loader) -> Predictions | None:
+        """Logits and labels of held-out rows; None on ranks other than 0."""
         # The pipeline has made the tables' forward wait for batches of its own; its next progress() attaches it again.
         self.pipeline.detach()
-        return predict(self.task, self._loader(split).once(), self.world)
+        return predict(self.task, loader.once(), self.world)
 
     def metrics(self, predictions: Predictions) -> dict[str, ClickMetrics]:
         """Metrics of each member and of the merge."""

@@ -66,7 +66,7 @@ def train(config: TrainConfig, world: World) -> Outcome | None:
     trainer = Trainer(config, world)
     batches = islice(trainer.loader.stream(), trainer.num_steps)
     losses = [mean_over_ranks(trainer._step(batches).losses_M) for _ in range(trainer.num_steps)]
-    predictions = trainer.predict("valid")
+    predictions = trainer.predict(trainer.valid_loader)
     if predictions is None:
         return None
     types = {table["sharding_type"] for table in trainer.plan.values()}

@@ -8,7 +8,9 @@ import pytest
 from tests.distributed.jobs import Outcome, small_config, train_here, train_on_ranks
 
 MEMBERS = ("dcnv2", "wukong", "rankmixer")
-LOSS_TOLERANCE, LOGIT_TOLERANCE = 1e-5, 1e-4
+LOSS_TOLERANCE = 1e-5
+# Adam's first steps are those of the gradients' signs, so the rounding of one gradient near 0 can show in one logit.
+LOGIT_TOLERANCE = 1e-3
 # Each of these on one and two ranks: sharding type, and optimizer of the tables.
 PLANS = {
     "table_wise": "rowwise_adagrad",
