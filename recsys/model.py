@@ -47,9 +47,6 @@ class ModelConfig:
     """Hidden widths of the layers that turn the dense columns into one more field."""
     head_hidden: tuple[int, ...] = ()
     """Hidden widths between a backbone and its logit; Wukong and RankMixer gain by some."""
-    wide: bool = False
-    """Add a linear term of the embeddings to the logit (Wide & Deep, arXiv 1606.07792). It sees what LayerNorm hides
-    from Wukong and RankMixer: the scale of an embedding, which is small for a rare id."""
     init_scale: float = 0.01
     """Tables start uniform in [-init_scale, init_scale)."""
     tables: Literal["private", "shared"] = "private"
@@ -120,17 +117,12 @@ class Member(nn.Module):
             self.dropout = Dropout(config.embedding_dropout)
             self.backbone = BACKBONES[spec.backbone](schema.num_fields, dim, backbone_config)
             self.head = _mlp_to(1, self.backbone.out_dim, config.head_hidden)
-            self.wide = linear(schema.num_fields * dim, 1) if config.wide else None
 
     def forward(self, x_BFD: Tensor, dense_BN: Tensor) -> Tensor:
         """Field embeddings [B, sparse features, D] and dense columns [B, num_dense] to logits [B]."""
         if self.dense_field is not None:
             x_BFD = torch.cat([x_BFD, self.dense_field(dense_BN).unsqueeze(1)], dim=1)
-        x_BFD = self.dropout(x_BFD)
-        logit_B1 = self.head(self.backbone(x_BFD))
-        if self.wide is not None:
-            logit_B1 = logit_B1 + self.wide(x_BFD.flatten(1))
-        return logit_B1.squeeze(1)
+        return self.head(self.backbone(self.dropout(x_BFD))).squeeze(1)
 
     def reseed(self, *where: int) -> None:
         """Start the random streams of this member anew, as a function of its seed and `where` (rank, step) alone."""

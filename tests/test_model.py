@@ -1,6 +1,5 @@
 """Members do not know of one another, fields come in schema order, tables start alike under every plan."""
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -306,21 +305,6 @@ def test_one_logit_a_member(dense: tuple[str, ...]) -> None:
     assert logits_BM.shape == (B, len(JOB))
     for index, spec in enumerate(JOB):
         assert_close(build([spec], schema).eval()(random_batch(schema)), logits_BM[:, [index]])
-
-
-def test_the_wide_term_is_linear_in_the_embeddings() -> None:
-    config = dataclasses.replace(CONFIG, embedding_dropout=0.0, head_hidden=(4,))
-    plain, wide = (
-        Member(JOB[0], SCHEMA, dataclasses.replace(config, wide=wide), BACKBONE_CONFIGS.dcnv2).eval()
-        for wide in (False, True)
-    )
-    x_BFD, dense_BN = torch.randn(B, 3, 8), torch.randn(B, 3)
-    assert wide.wide is not None
-    wide.load_state_dict(plain.state_dict() | {f"wide.{name}": p for name, p in wide.wide.state_dict().items()})
-    assert wide.dense_field is not None
-    fields_BFD = torch.cat([x_BFD, wide.dense_field(dense_BN).unsqueeze(1)], dim=1)
-    term_B = (fields_BFD.flatten(1) * wide.wide.weight[0]).sum(dim=1) + wide.wide.bias
-    assert_close(wide(x_BFD, dense_BN), plain(x_BFD, dense_BN) + term_B)
 
 
 def test_shared_tables_serve_all_members() -> None:

@@ -27,7 +27,7 @@ def criteo_kaggle_sample() -> TrainConfig:
     return TrainConfig(
         data=Path("data/criteo_kaggle_sample"),
         out=Path("runs/criteo_kaggle_sample"),
-        model=ModelConfig(embedding_dim=16, head_hidden=(256,), wide=True, init_scale=0.05),
+        model=ModelConfig(embedding_dim=16, head_hidden=(256,), init_scale=0.05),
         optimizer=OptimizerConfig(table_lr=0.1, dense_lr=1e-3, decay="linear"),
         train=LoopConfig(batch_size=64, log_every=200),
     )
