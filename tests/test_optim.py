@@ -39,7 +39,7 @@ def test_a_run_shorter_than_its_warmup_only_warms_up() -> None:
     assert [config.factor(step, 3) for step in range(3)] == pytest.approx([0.1, 0.2, 0.3])
 
 
-@pytest.mark.parametrize("name", ["table_lr", "dense_lr", "table_eps", "weight_decay", "warmup_steps"])
+@pytest.mark.parametrize("name", ["table_lr", "dense_lr", "weight_decay", "warmup_steps"])
 @pytest.mark.parametrize("value", [-1, math.nan])
 def test_negative_settings_are_named(name: str, value: float) -> None:
     fields: dict[str, Any] = {name: value}
@@ -50,3 +50,9 @@ def test_negative_settings_are_named(name: str, value: float) -> None:
 def test_tables_get_the_table_settings() -> None:
     tables = OptimizerConfig(tables="adagrad", table_lr=0.5, table_eps=0.25, dense_lr=9.0).table_optimizer
     assert (tables.kind, tables.lr, tables.eps) == ("adagrad", 0.5, 0.25)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
+def test_an_epsilon_that_rows_without_gradients_divide_by_is_named(value: float) -> None:
+    with pytest.raises(ValueError, match=f"table_eps {value} must be above 0"):
+        OptimizerConfig(table_eps=value)
