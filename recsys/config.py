@@ -15,6 +15,9 @@ T = TypeVar("T")
 class InputError(ValueError):
     """What the user gave cannot work. The message says what, where, and what would; the CLI prints it and exits 2."""
 
+    on_all_ranks = False
+    """Whether every rank of the job raises it, so that one of them may speak for all."""
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error message about an unknown `name`: the nearest right ones, or all of them."""

@@ -1,6 +1,7 @@
-"""The process group, and the only place that reads torchrun's variables."""
+"""The process group, and the only place but the CLI's error line that reads torchrun's variables."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,6 +65,10 @@ def process_group() -> Iterator[World]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     try:
         yield world
+    except InputError as error:
+        if not world.is_first and not error.on_all_ranks:
+            print(f"recsys: rank {world.rank}: {error}", file=sys.stderr)  # noqa: T201  (rank 0 does not know of it)
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -89,7 +94,7 @@ def on_first(work: Callable[[], T]) -> T:
         outcome = _attempt(work)
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
-        raise outcome[1]
+        raise _for_all(outcome[1])
     return outcome[0]
 
 
@@ -100,10 +105,17 @@ def on_every(work: Callable[[], T]) -> T:
     dist.all_gather_object(errors, error)
     for rank, found in enumerate(errors):
         if isinstance(found, InputError) and errors[0] is None:
-            raise InputError(f"rank {rank}: {found}")
+            raise _for_all(InputError(f"rank {rank}: {found}"))
         if found is not None:
-            raise found
+            raise _for_all(found)
     return result
+
+
+def _for_all(error: Exception) -> Exception:
+    """Mark an error that every rank raises."""
+    if isinstance(error, InputError):
+        error.on_all_ranks = True
+    return error
 
 
 def _attempt(work: Callable[[], T]) -> list[Any]:

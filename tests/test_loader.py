@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from recsys.config import InputError
-from recsys.data.batch import Batch, batch_of
+from recsys.data.batch import Batch
 from recsys.data.loader import PREFETCHED_BATCHES, Loader, LoaderConfig, prefetch
 from recsys.data.schema import Schema
+from tests.batches import batch_of
 
 # Neither the schema nor the files have their columns in alphabetical order, nor both in the same order.
 SCHEMA = Schema(name="tiny", dense=("row", "half"), sparse={"c": 1000, "a": 7, "b": 50}, labels=("label",))

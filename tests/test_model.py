@@ -1,4 +1,4 @@
-"""Members do not know of one another, fields come in schema order, tables start alike under every plan."""
+"""Members do not know of one another, and each starts and learns as it would alone."""
 
 import itertools
 import math
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.testing import assert_close
-from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from recsys.backbones import BACKBONES
 from recsys.backbones.dcnv2 import DCNv2Config
@@ -18,14 +17,13 @@ from recsys.backbones.layers import Dropout
 from recsys.backbones.rankmixer import RankMixerConfig
 from recsys.backbones.wukong import WukongConfig
 from recsys.config import InputError
-from recsys.data.batch import Batch, batch_of
+from recsys.data.batch import Batch
 from recsys.data.schema import Schema
-from recsys.embeddings import init
-from recsys.embeddings.init import fill_uniform, init_tables
-from recsys.embeddings.tables import FieldOrder, Tables
+from recsys.embeddings.init import init_tables
 from recsys.merge.rules import mean_logit
 from recsys.model import BackboneConfigs, Member, MemberSpec, ModelConfig, RecModel, parse_members
 from recsys.tasks.click import ClickLoss, ClickTask, cross_entropy
+from tests.batches import batch_of
 
 SCHEMA = Schema(name="tiny", dense=("x", "y", "z"), sparse={"c": 11, "a": 5, "b": 7}, labels=("label",))
 CONFIG = ModelConfig(embedding_dim=8, embedding_dropout=0.3, dense_hidden=(6,), init_scale=0.5)
@@ -109,104 +107,13 @@ def test_texts_that_are_no_members(texts: list[str], message: str) -> None:
         parse_members(texts, seed=0)
 
 
-# Tables and the order of fields
+# Tables of all members
 
 
 def test_tables_take_no_memory_until_they_are_sharded() -> None:
     model = RecModel(SCHEMA, JOB, CONFIG, BACKBONE_CONFIGS)
     assert {p.device.type for p in model.embedding.parameters()} == {"meta"}
     assert {p.device.type for p in model.members.parameters()} == {"cpu"}
-
-
-@pytest.mark.parametrize("dims", [{"one": 4}, {"one": 4, "two": 8}])
-def test_tables_look_up_each_field_in_its_own_table(dims: dict[str, int]) -> None:
-    tables = Tables(SCHEMA.sparse, dims).to_empty(device="cpu")
-    init_tables(tables, seed_of=str, scale=1.0)
-    batch = random_batch()
-    weights = tables.state_dict()
-    for owner, x_BFD in zip(dims, tables(batch.sparse), strict=True):
-        rows = [
-            weights[f"tables.embedding_bags.{owner}/{name}.weight"][batch.sparse[name].values()]
-            for name in SCHEMA.sparse
-        ]
-        assert_close(x_BFD, torch.stack(rows, dim=1))
-        assert x_BFD.shape == (B, len(SCHEMA.sparse), dims[owner])
-
-
-@pytest.mark.parametrize("dim", [0, 2, 10])
-def test_a_dim_that_fbgemm_does_not_take_is_named(dim: int) -> None:
-    with pytest.raises(ValueError, match=f"embedding_dim {dim} of two must be a multiple of 4; {max(4, dim + 2)} is"):
-        Tables(SCHEMA.sparse, {"one": 4, "two": dim})
-
-
-GROUPS, DIMS = [["u", "v", "w"], ["x", "y", "z"]], [4, 8]
-
-
-def pooled(keys: Sequence[str]) -> KeyedTensor:
-    widths = [DIMS[0] if key in GROUPS[0] else DIMS[1] for key in keys]
-    values = torch.randn(5, sum(widths), generator=torch.Generator().manual_seed(0))
-    return KeyedTensor(keys=list(keys), length_per_key=widths, values=values)
-
-
-def test_fields_come_in_schema_order_from_any_order_of_keys() -> None:
-    # One FieldOrder for all orders: what it remembers of one must not serve another.
-    field_order = FieldOrder(GROUPS, DIMS)
-    for keys in itertools.permutations(itertools.chain(*GROUPS)):
-        given = pooled(keys)
-        for group, x_BFD in zip(GROUPS, field_order(given), strict=True):
-            assert torch.equal(x_BFD, torch.stack([given[key] for key in group], dim=1)), keys
-
-
-def test_fields_that_stand_in_order_are_not_copied() -> None:
-    for keys in ("uvwxyz", "xyzuvw"):
-        given = pooled(keys)
-        for x_BFD in FieldOrder(GROUPS, DIMS)(given):
-            assert x_BFD.untyped_storage().data_ptr() == given.values().untyped_storage().data_ptr()
-
-
-# Initial values of tables
-
-TABLE = (37, 12)
-
-
-def filled(rows: slice = slice(0, 37), columns: slice = slice(0, 12), seed: str = "0/c", scale: float = 0.01) -> Tensor:
-    """A piece of a table, filled as a shard."""
-    shard = torch.full((rows.stop - rows.start, columns.stop - columns.start), math.nan)
-    fill_uniform(shard, seed, scale, first=(rows.start, columns.start), num_columns=TABLE[1])
-    return shard
-
-
-@pytest.mark.parametrize("rows", [slice(0, 37), slice(0, 10), slice(10, 37), slice(36, 37)])
-@pytest.mark.parametrize("columns", [slice(0, 12), slice(0, 4), slice(4, 12)])
-def test_a_shard_is_that_part_of_the_table(rows: slice, columns: slice) -> None:
-    assert torch.equal(filled(rows, columns), filled()[rows, columns])
-
-
-@pytest.mark.parametrize("elements", [1, 12, 50, 443, 444])
-def test_values_do_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
-    whole = filled()
-    monkeypatch.setattr(init, "CHUNK_ELEMENTS", elements)
-    assert torch.equal(filled(), whole)
-
-
-def test_values_are_uniform_and_uncorrelated() -> None:
-    table, scale = torch.empty(4096, 16), 0.25
-    fill_uniform(table, "0/c", scale, first=(0, 0), num_columns=16)
-    num = table.numel()
-    assert -scale <= table.min() < -0.999 * scale
-    assert 0.999 * scale < table.max() < scale
-    assert abs(table.mean()) < 4 * scale / math.sqrt(3 * num)
-    assert table.var().item() == pytest.approx(scale**2 / 3, rel=0.02)
-    counts = torch.histc(table, bins=16, min=-scale, max=scale)
-    assert (counts - num / 16).abs().max() < 5 * math.sqrt(num / 16)
-    for first, second in ((table[1:], table[:-1]), (table[:, 1:], table[:, :-1])):
-        assert abs((first * second).mean()) < 5 * scale**2 / 3 / math.sqrt(num)
-
-
-def test_other_seeds_give_other_values() -> None:
-    assert torch.equal(filled(seed="0/c"), filled(seed="0/c"))
-    assert not (filled(seed="0/c") == filled(seed="1/c")).any()
-    assert not (filled(seed="0/c") == filled(seed="0/d")).any()
 
 
 def test_every_table_has_a_seed_of_its_own_that_no_other_member_changes() -> None:

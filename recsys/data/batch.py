@@ -1,6 +1,5 @@
 """The batch: the only thing that crosses from the loader to the model."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -45,14 +44,3 @@ class Batch(Pipelineable):
             labels=self.labels.pin_memory(),
             weights=self.weights.pin_memory(),
         )
-
-
-def batch_of(dense: Tensor, ids: Mapping[str, Tensor], labels: Tensor) -> Batch:
-    """Build a batch of single-id features from tensors [B, num_dense], {feature: [B]} and [B]; every weight is 1."""
-    values = torch.cat(list(ids.values()))
-    return Batch(
-        dense=dense,
-        sparse=KeyedJaggedTensor(keys=list(ids), values=values, lengths=torch.ones(len(values), dtype=torch.int32)),
-        labels=labels,
-        weights=torch.ones_like(labels),
-    )
