@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(f"unknown verb {verb!r}; {nearest(verb, VERBS)}")
         status: int = globals()[f"_{verb}"](rest)
     except InputError as error:
-        # All ranks of a job raise alike; one line is enough.
+        # Ranks raise alike, and one line is enough; `process_group` tells what a rank alone ran into.
         if os.environ.get("RANK", "0") == "0":
             print(f"recsys: {error}", file=sys.stderr)
         return 2

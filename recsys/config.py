@@ -39,6 +39,13 @@ def dump(config: Any) -> Any:
     return config
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it: whoever finds `path` finds all of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def load(kind: type[T], values: Any, where: str = "config") -> T:
     """Read plain JSON values back into a config of type `kind`.
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from recsys.config import InputError, dump, load, load_file, nearest
+from recsys.config import InputError, dump, load, load_file, nearest, write_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,3 +144,10 @@ def test_nearest_gives_the_nearest_names_or_all() -> None:
     known = ["wukong", "dcnv2", "rankmixer", "dcn"]
     assert nearest("dcnv3", known) == "did you mean dcnv2 or dcn?"
     assert nearest("xyz", known) == "known are dcn, dcnv2, rankmixer, wukong"
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    write_whole(tmp_path / "file", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(tmp_path / "file", "new \ud800")
+    assert (tmp_path / "file").read_text() == "old"

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from recsys.config import InputError, dump, load_file
+from recsys.config import InputError, dump, load_file, write_whole
 
 SPLITS = ("train", "valid", "test")
 
@@ -48,7 +48,7 @@ class Schema:
 
     def save(self, folder: Path) -> None:
         """Write `schema.json` into `folder`."""
-        (folder / "schema.json").write_text(json.dumps(dump(self), indent=2) + "\n")
+        write_whole(folder / "schema.json", json.dumps(dump(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "Schema":

@@ -8,7 +8,7 @@ from typing import Literal
 import polars as pl
 from tyro.conf import Positional
 
-from recsys.config import InputError, load_file
+from recsys.config import InputError, load_file, write_whole
 from recsys.data.schema import SPLITS, Schema
 from recsys.data.split import split_of
 from recsys.distributed import World, on_first
@@ -64,7 +64,7 @@ def evaluate(config: EvaluateConfig, world: World) -> dict[str, ClickMetrics] | 
     if config.json:
         values = {"run": str(config.run), "split": config.split, "step": trainer.step}
         values["metrics"] = {name: asdict(member) for name, member in metrics.items()}
-        config.json.write_text(json.dumps(values, indent=2) + "\n")
+        write_whole(config.json, json.dumps(values, indent=2) + "\n")
     return metrics
 
 

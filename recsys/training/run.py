@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recsys.config import InputError, dump
+from recsys.config import InputError, dump, write_whole
 from recsys.data.schema import Schema
 
 
@@ -57,8 +57,8 @@ class RunFolder:
     def describe(self, config: Any, schema: Schema, plan: Mapping[str, Any]) -> None:
         """Write what is known before the first step; `config.json` last, since it marks the folder as taken."""
         schema.save(self.path)
-        (self.path / "plan.json").write_text(json.dumps(plan, indent=2) + "\n")
-        self.config.write_text(json.dumps(dump(config), indent=2) + "\n")
+        write_whole(self.path / "plan.json", json.dumps(plan, indent=2) + "\n")
+        write_whole(self.config, json.dumps(dump(config), indent=2) + "\n")
 
     def check_schema(self, schema: Schema) -> None:
         """Compare data with what the run was trained on.
@@ -91,7 +91,7 @@ class RunFolder:
 
         lines = self.path / "metrics.jsonl"
         kept = [line for line in _lines(lines) if json.loads(line)["step"] <= step]
-        lines.write_text("".join(kept))
+        write_whole(lines, "".join(kept))
         with SummaryWriter(self.path / "tensorboard", purge_step=step + 1) as board, lines.open("a") as file:
 
             def write(kind: str, step: int, values: Mapping[str, Any]) -> None:

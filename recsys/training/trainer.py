@@ -170,7 +170,7 @@ class Trainer:
         if self.world.is_first:
             run.describe(replace(config, resume=False), self.schema, self.plan)
         loop, metrics = config.train, None
-        batches = itertools.islice(self.loader.stream(self.step), max(self.num_steps - self.step, 0))
+        batches = itertools.islice(self.loader.stream(self.step), self.num_steps - self.step)
         started, window = time.perf_counter(), self.step
         with (
             progress("train", total=self.num_steps * loop.batch_size, unit="rows", show=self.world.is_first) as advance,
