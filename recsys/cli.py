@@ -27,9 +27,13 @@ T = TypeVar("T")
 # thread they wait for: a step of 45 ms took 210 to 1700 ms. Short spins cost about 10 % on an idle machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+# `recsys data VERB`
+DATA_VERBS: dict[str, str] = {}
+
 VERBS = {
     "synth": "write a synthetic click log in Criteo's format, with known true probabilities",
     "prepare": "raw click logs to Parquet and schema.json",
+    "data": "download, verify or show data: `recsys data --help`",
     "train": "train members over sharded tables, merge them, write a run folder",
     "evaluate": "metrics of a run's members and their merge on held-out rows",
     "doctor": "check that the environment works, and say what mends it",
@@ -40,18 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0, 1 where a check failed, 2 for bad input."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if not arguments or arguments[0] in ("-h", "--help"):
-            print(_usage())
-            return 0 if arguments else 2
-        if arguments[0] == "--version":
+        if arguments[:1] == ["--version"]:
             from recsys import __version__
 
             print(f"recsys {__version__}")
             return 0
-        verb, *rest = arguments
-        if verb not in VERBS:
-            raise InputError(f"unknown verb {verb!r}; {nearest(verb, VERBS)}")
-        status: int = globals()[f"_{verb}"](rest)
+        status = _run("", VERBS, arguments)
     except InputError as error:
         # Ranks raise alike, and one line is enough; `process_group` tells what a rank alone ran into.
         if os.environ.get("RANK", "0") == "0":
@@ -65,9 +63,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _usage() -> str:
-    verbs = "\n".join(f"  {verb:<10}{what}" for verb, what in VERBS.items())
-    return f"usage: recsys VERB ...\n\n{verbs}\n\n`recsys VERB --help` shows a verb's options."
+def _run(group: str, verbs: dict[str, str], arguments: list[str]) -> int:
+    """Run the verb that `arguments` begin with, or list the group's verbs."""
+    prog = f"recsys {group}".strip()
+    if not arguments or arguments[0] in ("-h", "--help"):
+        listed = "\n".join(f"  {verb:<10}{what}" for verb, what in verbs.items())
+        print(f"usage: {prog} VERB ...\n\n{listed}\n\n`{prog} VERB --help` shows a verb's options.")
+        return 0 if arguments else 2
+    verb, *rest = arguments
+    if verb not in verbs:
+        raise InputError(f"unknown verb {verb!r}; {nearest(verb, verbs)}")
+    status: int = globals()[f"{group and '_'}{group}_{verb}"](rest)
+    return status
 
 
 def _parse(kind: type[T], verb: str, arguments: Sequence[str], default: Any = None) -> T:
@@ -109,6 +116,10 @@ def _prepare(arguments: list[str]) -> int:
     if manifest["num_malformed"]:
         print(f"left out {manifest['num_malformed']} malformed rows; {config.out}/manifest.json names the first")
     return 0
+
+
+def _data(arguments: list[str]) -> int:
+    return _run("data", DATA_VERBS, arguments)
 
 
 def _train(arguments: list[str]) -> int:

@@ -34,13 +34,19 @@ def dump(config: Any) -> Any:
         return {str(key): dump(value) for key, value in config.items()}
     if isinstance(config, list | tuple):
         return [dump(value) for value in config]
-    if isinstance(config, Path):
+    if hasattr(config, "joinpath"):  # a path of this machine or of an object store
         return str(config)
     return config
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it: whoever finds `path` finds all of it."""
+    """Write a file under a temporary name and rename it: whoever finds `path` finds all of it.
+
+    An object store shows an object only once all of it is there, so it needs no other name.
+    """
+    if "://" in str(path):
+        path.write_text(text)
+        return
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
     partial.replace(path)
@@ -93,12 +99,23 @@ def _load_scalar(kind: Any, value: Any, where: str) -> Any:
         if value not in choices:
             raise InputError(f"{where}: {value!r} is not one of {', '.join(map(repr, choices))}")
     elif kind is Path and type(value) is str:
-        return Path(value)
+        return _load_path(value, where)
     elif kind is float and type(value) is int:
         return float(value)
     elif kind is not Any and type(value) is not kind:
         raise InputError(f"{where}: expected {getattr(kind, '__name__', kind)}, found {value!r}")
     return value
+
+
+def _load_path(value: str, where: str) -> Path:
+    if "://" not in value:
+        return Path(value)
+    from recsys.place import place  # noqa: PLC0415  (only object stores need it)
+
+    try:
+        return place(value)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def _load_collection(kind: Any, values: Any, where: str) -> Any:

@@ -36,7 +36,7 @@ def test_the_hash_tells_schemas_apart(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dnese": []}, "unknown field 'dnese'; did you mean dense?"),
+        ({"dnese": []}, "unknown field 'dnese'; did you mean dense or hotness?"),
         ({"sparse": {"C1": 0}}, "sparse feature 'C1' has 0 ids; it needs at least id 0"),
         ({"sparse": {"C1": "5"}}, "expected int, found '5'"),
         ({"sparse": {}}, "sparse is empty; a model needs at least one sparse feature"),

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from recsys.config import InputError, dump, load_file, write_whole
@@ -22,9 +22,13 @@ class Schema:
     """Feature to number of ids, in field order; ids lie in [0, num_ids), 0 = missing or rare."""
     labels: tuple[str, ...]
     """Label columns."""
+    weight: str | None = None
+    """Column of row weights, float32; None where every row counts as one."""
+    hotness: dict[str, int] = field(default_factory=dict)
+    """Ids a row of the features that are stored multi-hot; the others have one."""
 
     def __post_init__(self) -> None:
-        columns = [*self.labels, *self.dense, *self.sparse]
+        columns = [*self.labels, *([self.weight] if self.weight else []), *self.dense, *self.sparse]
         doubled = sorted({column for column in columns if columns.count(column) > 1})
         if doubled:
             raise ValueError(f"column {doubled[0]!r} stands twice; every column needs a name of its own")
@@ -35,6 +39,11 @@ class Schema:
         for feature, num_ids in self.sparse.items():
             if num_ids < 1:
                 raise ValueError(f"sparse feature {feature!r} has {num_ids} ids; it needs at least id 0")
+        for feature, hotness in self.hotness.items():
+            if feature not in self.sparse:
+                raise ValueError(f"hotness names {feature!r}, which is no sparse feature")
+            if hotness < 1:
+                raise ValueError(f"hotness of {feature!r} is {hotness}; it must be at least 1")
 
     @property
     def num_fields(self) -> int:
