@@ -1,5 +1,8 @@
 """Places: folders and files on disk, or on an object store by URL (`s3://bucket/folder`) through fsspec."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -27,6 +30,17 @@ def place(text: str | Path) -> Path:
 def is_local(path: Path) -> bool:
     """Whether a path is a file of this machine: it can be memory-mapped and renamed."""
     return isinstance(path, Path) and "://" not in str(path)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, which takes its name when the block succeeds and is removed when not."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 # A path's type in configs: the command line would otherwise read `s3://bucket` as `s3:/bucket`.

@@ -57,7 +57,7 @@ def _lines(what: str, total: float | None, unit: str) -> Iterator[Callable[..., 
 
     def line(now: float, end: str) -> None:
         rate = done / max(now - started, 1e-9)
-        of = f" of {total:,.0f}" if total and done < total else ""
+        of = f" of {total:,.0f}" if total and round(done) < round(total) else ""
         note = f"  {last_note}" if last_note else ""
         print(f"{what}: {done:,.0f}{of} {unit}, {rate:,.0f}/s{end}{note}", file=sys.stderr, flush=True)  # noqa: T201
 

@@ -36,7 +36,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     written: list[int] = []
     summary = synthesize(config, written.append)
     assert written == [CHUNK_ROWS, NUM_ROWS - CHUNK_ROWS]
-    log = pl.read_csv(config.out, separator="\t", has_header=False, new_columns=CRITEO.columns, infer_schema=False)
+    log = pl.read_csv(
+        config.out,
+        separator="\t",
+        has_header=False,
+        new_columns=[column.name for column in CRITEO.columns],
+        infer_schema=False,
+    )
     return Made(config=config, summary=summary, log=log, truth=pl.read_parquet(config.truth))
 
 
@@ -47,12 +53,14 @@ def test_the_log_has_criteos_columns(made: Made) -> None:
     assert '"' not in lines[0]
     assert len(set(lines)) == NUM_ROWS, "the chunks repeat one another"
     assert made.log["label"].unique().sort().to_list() == ["0", "1"]
-    for name in CRITEO.integers:
+    for name in CRITEO.named("integer"):
         assert made.log[name].drop_nulls().str.contains(r"^(0|[1-9]\d*|-[1-3])$").all(), name
-    for name in CRITEO.categories:
+    for name in CRITEO.named("hex32"):
         assert made.log[name].drop_nulls().str.contains(r"^[0-9a-f]{8}$").all(), name
     assert {"-1", "-2", "-3"} < set(made.log["I2"])
-    assert not made.log.select(pl.col(CRITEO.integers).exclude("I2").str.starts_with("-").any()).to_numpy().any()
+    assert (
+        not made.log.select(pl.col(CRITEO.named("integer")).exclude("I2").str.starts_with("-").any()).to_numpy().any()
+    )
 
 
 def test_missing_values_have_criteos_shares(made: Made) -> None:
@@ -68,7 +76,7 @@ def test_integers_have_heavy_tails(made: Made) -> None:
 
 
 def test_categories_follow_zipfs_law(made: Made) -> None:
-    sizes = made.log.select(pl.col(CRITEO.categories).drop_nulls().n_unique()).row(0, named=True)
+    sizes = made.log.select(pl.col(CRITEO.named("hex32")).drop_nulls().n_unique()).row(0, named=True)
     assert sizes["C9"] == 4
     assert sizes["C6"] == 24
     assert sizes["C2"] == 584
@@ -100,8 +108,8 @@ def test_the_truth_can_be_computed_from_the_text_of_the_log(made: Made) -> None:
     log = made.log.tail(5_000)
     model = ClickModel(seed=made.config.seed, num_ids=made.config.num_ids, ctr=made.config.ctr)
     rank_of = [{word: rank for rank, word in enumerate(field.text)} for field in model.fields]
-    ids = np.array([[rank_of[f][word] for word in log[name]] for f, name in enumerate(CRITEO.categories)])
-    integers = log.select(pl.col(CRITEO.integers).cast(pl.Float64).fill_null(math.nan)).to_numpy().T
+    ids = np.array([[rank_of[f][word] for word in log[name]] for f, name in enumerate(CRITEO.named("hex32"))])
+    integers = log.select(pl.col(CRITEO.named("integer")).cast(pl.Float64).fill_null(math.nan)).to_numpy().T
     logit = model.bias + model.scales @ model.terms(ids, integers)
     np.testing.assert_allclose(1 / (1 + np.exp(-logit)), made.truth["probability"].tail(5_000), rtol=1e-9)
 

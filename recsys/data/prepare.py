@@ -1,266 +1,366 @@
-"""Prepare: raw click logs to Parquet and schema.json, in bounded memory.
+"""Prepare: raw click logs to Parquet and schema.json, in bounded memory, restartable at any point.
 
-Three stages. Ingest parses raw text once into typed parts and notes what is malformed. The vocabulary counts each
-column over training rows. Encode turns parts into ids and dense features, written by split in row groups of one size.
-All of it happens in a folder beside `out` that takes its name only at the end, so a prepared folder is always a whole
-one.
+Stages: ingest (by file), vocabulary (by column), encode (by part), verify. Each job of a stage leaves its results under
+their final names only when they are whole, and beside them a small file of facts; a job whose facts are there is done.
+So the same command, run again after whatever ended it, goes on where it was, and ends with the same bytes. All of it
+happens in a folder beside `out` that takes its name only at the end: a prepared folder is always a whole one.
 """
 
+import errno
+import fcntl
 import json
+import os
 import shutil
+import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
-import polars as pl
-import pyarrow as pa
 import pyarrow.parquet as pq
-from tyro.conf import Positional
 
-from recsys.config import InputError, dump, nearest
-from recsys.data import vocabulary
-from recsys.data.formats import BUCKET_RULES, DENSE_RULES, FORMATS, RawFormat
-from recsys.data.raw import Malformed, is_gzip, malformed_rows, parse, read_lines
+from recsys.config import InputError, write_whole
+from recsys.data.encode import EncodeJob, encode, file_facts
+from recsys.data.engine import Kernel, run
+from recsys.data.ingest import MAX_EXAMPLES, IngestJob, PartOfLog, fingerprint, ingest, part_path, too_many
+from recsys.data.manifest import MANIFEST, TIMINGS
+from recsys.data.raw import check_readable
 from recsys.data.schema import SPLITS, Schema
-from recsys.data.split import TRAIN, split_of
+from recsys.data.settings import BASE_BYTES, INGEST_BYTES, PrepareConfig
+from recsys.data.split import intervals
+from recsys.data.verify import verify
+from recsys.data.vocabulary import VocabularyJob, make_vocabulary
+from recsys.place import is_local
 from recsys.progress import progress
 
-PART_ROWS = 1_000_000
-MAX_EXAMPLES = 10
 # A loader holds a few row groups open at once and copies whole ones: 64k rows fit its cache, and small data still gets
 # enough groups to shuffle.
 MIN_GROUP_ROWS, MAX_GROUP_ROWS, TARGET_GROUPS = 1024, 65_536, 64
 
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
-    """Which raw log to prepare, and how."""
-
-    format: Positional[str]
-    """Format of the raw log: criteo_kaggle."""
-    paths: Positional[tuple[Path, ...]]
-    """Raw files, plain or gzip, in time order."""
-    out: Path
-    """Folder to make; it must not exist yet."""
-    threshold: int = 5
-    """A value keeps an id of its own when it occurs at least this often in training rows; rarer ones share id 0."""
-    integers: str = "log1p"
-    """Rule for integer columns: log1p gives dense features, log_squared_bucket gives categories."""
-    split: str = "random"
-    """random (8:1:1) or time (first 80 % train, next 10 % validate, last 10 % test)."""
-    seed: int = 2021
-    """Seed of the random split."""
-    max_malformed: int = 0
-    """Malformed rows to leave out before giving up."""
-
-    def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise InputError(f"unknown format {self.format!r}; {nearest(self.format, FORMATS)}")
-        rules = {**DENSE_RULES, **BUCKET_RULES}
-        if self.integers not in rules:
-            raise InputError(f"unknown rule --integers {self.integers!r}; {nearest(self.integers, rules)}")
-        if self.split not in ("random", "time"):
-            raise InputError(f"unknown --split {self.split!r}; {nearest(self.split, ('random', 'time'))}")
-        if self.threshold < 1:
-            raise InputError(f"--threshold {self.threshold} must be at least 1 (1 keeps every value)")
-        if self.seed < 0 or self.max_malformed < 0:
-            raise InputError("--seed and --max-malformed must not be negative")
-        if not self.paths:
-            raise InputError("no raw file named")
+# More threads than that wait for the one that unpacks the file (0.45 of 2.9 CPU-seconds a million rows).
+INGEST_THREADS = 6
+# Resident memory of a job.
+VOCABULARY_BYTES = 150 << 20
+ENCODE_BYTES = 200 << 20
 
 
-@dataclass
-class Ingested:
-    """What ingest found: typed parts on disk, and the facts of the raw log."""
-
-    parts: list[Path] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    nulls: Counter[str] = field(default_factory=Counter)
-    malformed: list[Malformed] = field(default_factory=list)
-
-    @property
-    def num_rows(self) -> int:
-        """Well-formed rows in all."""
-        return sum(self.rows)
-
-
-def prepare(config: PrepareConfig) -> dict:
+def prepare(config: PrepareConfig) -> dict[str, Any]:
     """Prepare a raw log and return its manifest.
 
     Raises:
-        InputError: `out` exists or cannot be made, a file cannot be read, or more rows are malformed than
-            `max_malformed`.
+        InputError: `out` exists or cannot be made, a file cannot be read or changes, more rows are malformed than
+            `max_malformed`, the disk is full, or the folder holds an unfinished preparation with other settings.
     """
     if config.out.exists():
         raise InputError(f"{config.out}: exists already; name another --out, or delete it first")
-    for path in config.paths:
-        is_gzip(path)  # a wrong name of the last file is told now, not after hours
-    partial = config.out.with_name(f".{config.out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    parts = partial / "parts"
+    for path in config.files:
+        check_readable(path)  # a wrong name of the last file is told now, not after hours
+    folder = (config.work or config.out.parent) / f".{config.out.name}.partial"
+    with working_in(folder, config):
+        return Preparation(config, folder).run()
+
+
+@contextmanager
+def working_in(folder: Path, config: PrepareConfig) -> Iterator[None]:
+    """Make the working folder, or take up one with the same settings; nobody else may work in it meanwhile."""
     try:
-        parts.mkdir(parents=True)
+        for name in ("data", "work"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{config.out}: cannot make it ({error.strerror})") from None
-    try:
-        ingested = _ingest(config, parts)
-        manifest = _encode(config, ingested, partial)
-        shutil.rmtree(parts)
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        partial.rename(config.out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return manifest
+    with (folder / "work" / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another process prepares in it; wait for it, or name another --out") from None
+        _check_same_settings(folder, config)
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise InputError(
+                f"{folder}: no space is left on its disk; make room and run the same command, which goes on from here"
+            ) from None
 
 
-def _ingest(config: PrepareConfig, folder: Path) -> Ingested:
-    """Parse raw text into typed parts of about a million rows each."""
-    found = Ingested()
-    waiting: list[pl.DataFrame] = []
-
-    def flush() -> None:
-        frame = pl.concat(waiting, rechunk=False)
-        found.parts.append(folder / f"{len(found.parts):06d}.parquet")
-        found.rows.append(frame.height)
-        frame.write_parquet(found.parts[-1], compression="lz4", statistics=False)
-        waiting.clear()
-
-    with progress("ingest", total=None, unit="rows") as advance:
-        for path in config.paths:
-            for frame in _parse_file(config, path, found):
-                found.nulls.update(dict(zip(frame.columns, frame.null_count().row(0), strict=True)))
-                waiting.append(frame)
-                advance(frame.height, path.name)
-                if sum(f.height for f in waiting) >= PART_ROWS:
-                    flush()
-        if waiting:
-            flush()
-        if not found.num_rows:
-            raise InputError(f"{config.paths[0]}: no well-formed row in it")
-    return found
+def _check_same_settings(folder: Path, config: PrepareConfig) -> None:
+    path = folder / "work" / "settings.json"
+    wanted = config.determining
+    begun = json.loads(path.read_text()) if path.exists() else wanted
+    for name, value in wanted.items():
+        # More malformed rows may be tolerated at a second try: nothing that stands changes by it.
+        if name != "max_malformed" and begun.get(name) != value:
+            raise InputError(
+                f"{folder}: an unfinished preparation with {name} {begun.get(name)} instead of {value}; finish it with "
+                f"its own settings, or delete that folder"
+            )
+    write_whole(path, json.dumps(wanted))
 
 
-def _parse_file(config: PrepareConfig, path: Path, found: Ingested) -> Iterator[pl.DataFrame]:
-    raw = FORMATS[config.format]
-    next_row = 1
-    for chunk in read_lines(path):
-        lines = chunk
-        frame = parse(raw, lines)
-        if frame is None:
-            lines, bad = malformed_rows(raw, path, chunk, next_row)
-            found.malformed += bad
-            if len(found.malformed) > config.max_malformed:
-                raise InputError(_too_many(config, found.malformed))
-            frame = parse(raw, lines)
-            assert frame is not None, f"{path}: a chunk at row {next_row} parses neither fast nor slowly"
-        next_row += chunk.count(b"\n")
-        yield frame
+class Preparation:
+    """One preparation: its stages in order, over a working folder."""
+
+    def __init__(self, config: PrepareConfig, folder: Path, *, show_progress: bool = True) -> None:
+        self.show_progress = show_progress
+        self.config, self.folder = config, folder
+        self.work, self.data = folder / "work", folder / "data"
+        self.raw = config.raw
+        self.rules = config.rules(self.raw)
+        self.cores = len(os.sched_getaffinity(0))
+        self.ingest_threads = min(self.cores, INGEST_THREADS)
+        self.timings: dict[str, dict[str, float]] = {}
+
+    def run(self) -> dict[str, Any]:
+        """Run what is not done yet, and give the folder its name."""
+        files = self._ingest()
+        parts = self._parts(files)
+        schema = self._vocabulary(parts)
+        self._encode(parts, schema)
+        self.manifest = self._manifest(files, schema)
+        self._verify()
+        write_whole(self.data / TIMINGS, json.dumps(self.timings, indent=2) + "\n")
+        self.work_bytes = sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
+        self._finish()
+        return self.manifest
+
+    # ---- stages
+
+    def _ingest(self) -> list[dict[str, Any]]:
+        """Parse every raw file into typed parts; returns the facts of the files."""
+        folder = self._stage_folder("ingest")
+        jobs = [
+            IngestJob(rules=self.rules, path=path, file=i, folder=folder, threads=self.ingest_threads)
+            for i, path in enumerate(self.config.files)
+        ]
+        done = [self._facts(folder / f"{job.file:04d}.json") for job in jobs]
+        for job, facts in zip(jobs, done, strict=True):
+            if facts and facts["fingerprint"] != fingerprint(job.path):
+                raise InputError(
+                    f"{job.path}: the file changed since it was ingested; restore it, or delete "
+                    f"{self.folder} to begin anew"
+                )
+        num_rows = 0
+        total = sum(fingerprint(path)[0] for path in self.config.files)
+        with self._stage("ingest", total=total / 1e6, unit="MB") as advance:
+
+            def advanced(num_bytes: int, rows: int) -> None:
+                nonlocal num_rows
+                num_rows += rows
+                advance(num_bytes / 1e6, f"{num_rows:,} rows")
+
+            for facts in filter(None, done):
+                advanced(facts["fingerprint"][0], sum(part["num_rows"] for part in facts["parts"]))
+            files = self._run(ingest, jobs, done, advanced, memory=INGEST_BYTES, cpus=self.ingest_threads)
+        malformed = [told for file in files for part in file["parts"] for told in part["malformed"]]
+        num_malformed = sum(part["num_malformed"] for file in files for part in file["parts"])
+        if num_malformed > self.config.max_malformed:
+            raise InputError(too_many(self.config.max_malformed, malformed, num_malformed))
+        if not sum(part["num_rows"] for file in files for part in file["parts"]):
+            raise InputError(f"{self.config.files[0]}: no well-formed row in it")
+        return files
+
+    def _parts(self, files: Sequence[dict[str, Any]]) -> list[PartOfLog]:
+        """All parts that hold rows, in order of the log, with the intervals of their rows that train."""
+        found = [
+            (part_path(self.work / "ingest", i, j), facts)
+            for i, file in enumerate(files)
+            for j, facts in enumerate(file["parts"])
+            if facts["num_rows"]
+        ]
+        bounds = self._bounds(files, [facts["num_rows"] for _, facts in found])
+        return [
+            PartOfLog(path=path, num_rows=facts["num_rows"], bounds=bound, num_values=facts["num_values"])
+            for (path, facts), bound in zip(found, bounds, strict=True)
+        ]
+
+    def _bounds(self, files: Sequence[dict[str, Any]], rows: list[int]) -> list[tuple[int, int] | None]:
+        """Of each part the rows at which validation and test begin, if the split is an interval of the log."""
+        if self.rules.splits_early:
+            return [None] * len(rows)
+        days: Counter[str] = Counter()
+        for path, file in zip(self.config.files, files, strict=True):
+            days[str(path.parent if "=" in path.parent.name else path)] += sum(p["num_rows"] for p in file["parts"])
+        valid, test = intervals(self.rules.split, list(days.values()))
+        starts = [0, *accumulate(rows)]
+        return [
+            (min(max(valid - start, 0), size), min(max(test - start, 0), size))
+            for start, size in zip(starts, rows, strict=False)
+        ]
+
+    def _vocabulary(self, parts: list[PartOfLog]) -> Schema:
+        """Give ids to the values of every category; returns the schema that follows."""
+        folder, out = self._stage_folder("vocabulary"), self.data / "vocabulary"
+        out.mkdir(exist_ok=True)
+        caps = self.config.caps(self.raw)
+        workers = self._workers(VOCABULARY_BYTES)
+        jobs = [
+            VocabularyJob(
+                feature=feature,
+                parts=tuple(parts),
+                threshold=self.config.determining["threshold"],
+                max_ids=caps[feature],
+                hashed=self.config.vocabulary == "hash",
+                folder=folder,
+                out=out,
+                memory=(self.config.memory_bytes - BASE_BYTES) // workers,
+            )
+            for feature in self.rules.keys
+        ]
+        done = [self._facts(folder / f"{job.feature}.json") for job in jobs]
+        with self._stage("vocabulary", total=len(jobs) * len(parts), unit="parts of columns") as advance:
+            advance(len(parts) * sum(facts is not None for facts in done))
+            facts = self._run(make_vocabulary, jobs, done, advance, memory=VOCABULARY_BYTES)
+        schema = Schema(
+            name=self.raw.name,
+            dense=self.rules.dense,
+            sparse={each["feature"]: each["num_ids"] for each in facts},
+            labels=(self.raw.label,),
+            weight=self.rules.weight,
+        )
+        schema.save(self.data)
+        return schema
+
+    def _encode(self, parts: list[PartOfLog], schema: Schema) -> None:
+        """Write every part's rows by split."""
+        folder = self._stage_folder("encode")
+        for name in SPLITS:
+            (self.data / name).mkdir(exist_ok=True)
+        num_rows = sum(part.num_rows for part in parts)
+        group_rows = min(max(num_rows // TARGET_GROUPS, MIN_GROUP_ROWS), MAX_GROUP_ROWS)
+        starts = dict.fromkeys(schema.sparse, 0)
+        jobs = []
+        for i, part in enumerate(parts):
+            remaps = {}
+            for name in schema.sparse:
+                remaps[name] = (self.work / "vocabulary" / f"{name}.remap", starts[name], part.num_values[name])
+                starts[name] += part.num_values[name]
+            jobs.append(
+                EncodeJob(
+                    part=part,
+                    index=i,
+                    schema=schema,
+                    remaps=remaps,
+                    group_rows=group_rows,
+                    folder=folder,
+                    out=self.data,
+                )
+            )
+        done = [self._facts(folder / f"{job.index:05d}.json") for job in jobs]
+        with self._stage("encode", total=num_rows, unit="rows") as advance:
+            advance(sum(job.part.num_rows for job, facts in zip(jobs, done, strict=True) if facts))
+            self.files = {
+                name: facts
+                for each in self._run(encode, jobs, done, advance, memory=ENCODE_BYTES)
+                for name, facts in each.items()
+            }
+
+    def _manifest(self, files: Sequence[dict[str, Any]], schema: Schema) -> dict[str, Any]:
+        """Write the manifest: it depends on the raw rows and the settings alone."""
+        parts = [part for file in files for part in file["parts"]]
+        splits = {}
+        for name in SPLITS:
+            own = [facts for file, facts in self.files.items() if file.startswith(f"{name}/")]
+            num_rows = sum(facts["num_rows"] for facts in own)
+            splits[name] = {
+                "num_rows": num_rows,
+                "label_mean": sum(facts["label_sum"] for facts in own) / max(num_rows, 1),
+            }
+        num_raw_rows = sum(part["num_raw_rows"] for part in parts)
+        nulls: Counter[str] = sum((Counter(part["nulls"]) for part in parts), Counter())
+        described = {"schema.json": file_facts(self.data / "schema.json")}
+        for path in sorted((self.data / "vocabulary").glob("*.parquet")):
+            described[f"vocabulary/{path.name}"] = {"num_rows": pq.read_metadata(path).num_rows} | file_facts(path)
+        manifest = {
+            "schema_hash": schema.hash,
+            "config": self.config.determining,
+            "num_rows": sum(part["num_rows"] for part in parts),
+            "splits": splits,
+            "null_share": {c.name: nulls[c.name] / num_raw_rows for c in self.raw.columns if c.kind != "unused"},
+            "num_malformed": sum(part["num_malformed"] for part in parts),
+            "malformed": [told for part in parts for told in part["malformed"]][:MAX_EXAMPLES],
+            "files": self.files | described,
+        }
+        write_whole(self.data / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        return manifest
+
+    def _verify(self) -> None:
+        with self._timed("verify"):
+            problems = verify(self.data, decode=False, show_progress=False)
+        assert not problems, f"{self.folder}: {problems[0]}"
+
+    def _finish(self) -> None:
+        """Give the folder its name; copy it first where that is on an object store, the manifest last."""
+        if is_local(self.config.out) and self.config.work is None:
+            for path in self.data.rglob(".*.partial"):  # of jobs that were killed and done again
+                path.unlink()
+            self.data.rename(self.config.out)
+            shutil.rmtree(self.folder)
+            return
+        files = json.loads((self.data / MANIFEST).read_text())["files"]
+        with self._stage("copy", total=sum(facts["bytes"] for facts in files.values()) / 1e6, unit="MB") as advance:
+            for name in (*files, TIMINGS, MANIFEST):
+                _copy(self.data / name, self.config.out / name)
+                advance(files[name]["bytes"] / 1e6 if name in files else 0, name)
+        shutil.rmtree(self.folder)
+
+    # ---- what stages share
+
+    def _stage_folder(self, name: str) -> Path:
+        folder = self.work / name
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    @staticmethod
+    def _facts(path: Path) -> dict[str, Any] | None:
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def _workers(self, memory: int, cpus: int = 1) -> int:
+        """Jobs at a time that the memory and the cores allow."""
+        return max(min((self.config.memory_bytes - BASE_BYTES) // memory, self.cores // cpus), 1)
+
+    def _run(
+        self,
+        kernel: Kernel,
+        jobs: Sequence[Any],
+        done: Sequence[dict[str, Any] | None],
+        advance: Callable[..., None],
+        *,
+        memory: int,
+        cpus: int = 1,
+    ) -> list[dict[str, Any]]:
+        """Run the jobs that have no facts yet; returns the facts of all."""
+        left = [i for i, facts in enumerate(done) if facts is None]
+        found = run(
+            self.config.engine,
+            kernel,
+            [jobs[i] for i in left],
+            advance,
+            workers=self._workers(memory, cpus),
+            cpus=cpus,
+            memory=BASE_BYTES + memory,
+        )
+        facts = dict(zip(left, found, strict=True))
+        return [each if each is not None else facts[i] for i, each in enumerate(done)]
+
+    @contextmanager
+    def _stage(self, name: str, *, total: float, unit: str) -> Iterator[Callable[..., None]]:
+        with self._timed(name), progress(name, total=total, unit=unit, show=self.show_progress) as advance:
+            yield advance
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.timings[name] = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
 
 
-def _too_many(config: PrepareConfig, malformed: list[Malformed]) -> str:
-    first = "; ".join(map(str, malformed[:3]))
-    more = f"; and {len(malformed) - 3} more so far" if len(malformed) > 3 else ""
-    return (
-        f"{first}{more} (at most {config.max_malformed} malformed rows are tolerated: --max-malformed N leaves out N)"
-    )
-
-
-def _keys(config: PrepareConfig, raw: RawFormat) -> dict[str, pl.Expr]:
-    """Categorical features in field order, each as an expression over typed columns."""
-    keys = {}
-    if config.integers in BUCKET_RULES:
-        keys = {name: BUCKET_RULES[config.integers](pl.col(name)) for name in raw.integers}
-    return keys | {name: pl.col(name) for name in raw.categories}
-
-
-def _encode(config: PrepareConfig, ingested: Ingested, out: Path) -> dict:
-    """Write splits, vocabularies and schema into `out`, and return the manifest."""
-    raw = FORMATS[config.format]
-    keys = _keys(config, raw)
-    split = split_of(pl.col("row"), config.split, seed=config.seed, num_rows=ingested.num_rows)
-    log = pl.scan_parquet(ingested.parts, row_index_name="row").with_columns(pl.col("row").cast(pl.UInt64))
-    train = log.filter(split == TRAIN)
-    vocabularies = {}
-    with progress("vocabulary", total=len(keys), unit="columns") as advance:
-        for name, key in keys.items():
-            vocabularies[name] = vocabulary.count_values(train.select(key=key), threshold=config.threshold)
-            advance(1, name)
-    dense = {}
-    if config.integers in DENSE_RULES:
-        dense = {name: DENSE_RULES[config.integers](pl.col(name)) for name in raw.integers}
-    sizes = {name: entries.height + 1 for name, entries in vocabularies.items()}
-    schema = Schema(name=config.format, dense=tuple(dense), sparse=sizes, labels=(raw.label,))
-
-    group_rows = min(max(ingested.num_rows // TARGET_GROUPS, MIN_GROUP_ROWS), MAX_GROUP_ROWS)
-    writers = [SplitWriter(out / name, group_rows) for name in SPLITS]
-    first_row = 0
-    with progress("encode", total=ingested.num_rows, unit="rows") as advance:
-        for path, num_rows in zip(ingested.parts, ingested.rows, strict=True):
-            part = pl.read_parquet(path)
-            numbers = pl.int_range(first_row, first_row + num_rows, dtype=pl.UInt64).alias("row")
-            splits = part.select(numbers).select(split.alias("split"))["split"]
-            ids = [
-                vocabulary.encode(part.select(key=key), vocabularies[name]).alias(name) for name, key in keys.items()
-            ]
-            features = part.select(
-                pl.col(raw.label), *(rule.cast(pl.Float32).alias(name) for name, rule in dense.items())
-            ).hstack(ids)
-            for index, writer in enumerate(writers):
-                writer.append(features.filter(splits == index).to_arrow())
-            first_row += num_rows
-            advance(num_rows)
-    for writer in writers:
-        writer.close()
-    vocabulary.save(vocabularies, out / "vocabulary")
-    schema.save(out)
-    return {
-        "schema_hash": schema.hash,
-        "config": dump(config) | {"out": None},
-        "num_rows": ingested.num_rows,
-        "splits": {
-            name: {"num_rows": writer.num_rows, "label_mean": writer.label_sum / max(writer.num_rows, 1)}
-            for name, writer in zip(SPLITS, writers, strict=True)
-        },
-        "null_share": {name: ingested.nulls[name] / ingested.num_rows for name in raw.columns},
-        "num_malformed": len(ingested.malformed),
-        "malformed": [str(row) for row in ingested.malformed[:MAX_EXAMPLES]],
-    }
-
-
-class SplitWriter:
-    """Writes one split as one Parquet file of row groups that all have `group_rows` rows, but for the last."""
-
-    def __init__(self, folder: Path, group_rows: int) -> None:
-        folder.mkdir()
-        self.path = folder / "part-00000.parquet"
-        self.group_rows = group_rows
-        self.num_rows = 0
-        self.label_sum = 0
-        self._waiting: list[pa.Table] = []
-        self._num_waiting = 0
-        self._writer: pq.ParquetWriter | None = None
-
-    def append(self, table: pa.Table) -> None:
-        """Add rows; whole row groups are written at once."""
-        self._writer = self._writer or pq.ParquetWriter(self.path, table.schema, compression="lz4")
-        self.num_rows += table.num_rows
-        self.label_sum += int(table[0].to_numpy().sum())
-        self._waiting.append(table)
-        self._num_waiting += table.num_rows
-        if self._num_waiting >= self.group_rows:
-            self._write(self._num_waiting // self.group_rows * self.group_rows)
-
-    def _write(self, num_rows: int) -> None:
-        assert self._writer is not None
-        table = pa.concat_tables(self._waiting)
-        self._writer.write_table(table.slice(0, num_rows).combine_chunks(), row_group_size=self.group_rows)
-        self._waiting = [table.slice(num_rows)]
-        self._num_waiting -= num_rows
-
-    def close(self) -> None:
-        """Write what is left and the file's footer."""
-        if self._num_waiting:
-            self._write(self._num_waiting)
-        if self._writer:
-            self._writer.close()
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file unless it is there already with the same size."""
+    if target.exists() and target.stat().st_size == source.stat().st_size:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open("rb") as read, target.open("wb") as written:
+        shutil.copyfileobj(read, written, 1 << 20)

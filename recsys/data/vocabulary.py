@@ -1,36 +1,291 @@
-"""Vocabularies: which values of a categorical column get an id of their own."""
+"""Vocabulary, the second stage: which values of a category get an id of their own.
 
+One column at a time. Counts of a column's values are gathered over training rows, part by part; whatever outgrows the
+memory is spilled as sorted runs and merged again by intervals of values, so that neither rows nor distinct values need
+to fit. Ids start at 1, most frequent first, ties by value, so that they depend on the data alone; id 0 is left for
+missing and rare values. Beside the vocabulary stands the remap: the id of every entry of every part's dictionary.
+"""
+
+import json
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
+import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
+
+from recsys.config import InputError, write_whole
+from recsys.data.ingest import PartOfLog, read_part
+from recsys.data.settings import MAX_NUM_IDS
+from recsys.data.split import TRAIN
+from recsys.place import whole
+
+BYTES_PER_ENTRY, COPIES_OF_KEY = 80, 4
+"""What a value takes while it is counted, merged, sorted and looked up, beside its own bytes, and how often those."""
+RUN_GROUP_ROWS = 65_536
+BLOCK_ROWS = 1_000_000
 
 
-def count_values(keys: pl.LazyFrame, *, threshold: int) -> pl.DataFrame:
-    """Give ids to the values of a one-column frame named `key` that occur at least `threshold` times.
+@dataclass(frozen=True, kw_only=True)
+class VocabularyJob:
+    """One category to give ids to."""
 
-    Ids start at 1, most frequent first, ties by value, so that they depend on the data alone; id 0 is left for missing
-    and rare values. Returns columns key, id (Int32) and count, in order of id.
+    feature: str
+    parts: tuple[PartOfLog, ...]
+    threshold: int
+    max_ids: int | None
+    """Cap of the ids, id 0 included: the most frequent values keep theirs."""
+    hashed: bool
+    """Give ids by value modulo `max_ids` instead: no counting, no vocabulary, collisions."""
+    folder: Path
+    """For the remap, and for what outgrows the memory."""
+    out: Path
+    """Folder of vocabularies."""
+    memory: int
+    """Bytes that the job may take."""
+
+    @property
+    def remap(self) -> Path:
+        """Ids of all parts' dictionary entries, part after part, as raw little-endian int32."""
+        return self.folder / f"{self.feature}.remap"
+
+    @cached_property
+    def capacity(self) -> int:
+        """Keys that may be held at once."""
+        keys = read_part(self.parts[0].path, [self.feature]).column(0).dictionary
+        return max(self.memory // (BYTES_PER_ENTRY + COPIES_OF_KEY * keys.nbytes // len(keys)), 1000)
+
+
+class Interval(NamedTuple):
+    """Keys of [low, high), and what is known of them. Intervals stand in order of their keys."""
+
+    low: Any
+    """None for the first interval."""
+    high: Any
+    """None for the last one."""
+    kept: Path
+    """Parquet file of (key, count), by count, then key: those that are frequent enough."""
+
+    def holds(self) -> pl.Expr:
+        """Whether a key lies in it."""
+        key = pl.col("key")
+        above = pl.lit(True) if self.low is None else key >= self.low
+        return above if self.high is None else above & (key < self.high)
+
+
+def make_vocabulary(job: VocabularyJob, advance: Callable[[int], None]) -> dict[str, Any]:
+    """Count a column, write its vocabulary (key, id, count) and its remap, and return its facts, which are saved too.
+
+    Args:
+        job: the column.
+        advance: called with the number of parts that were counted since the last call.
+
+    Raises:
+        InputError: more ids than int32 holds.
     """
-    return (
-        keys.drop_nulls()
-        .group_by("key")
-        .agg(count=pl.len())
-        .filter(pl.col("count") >= threshold)
-        .sort("count", "key", descending=[True, False])
-        .with_row_index("id", offset=1)
-        .select("key", pl.col("id").cast(pl.Int32), "count")
-        .collect(engine="streaming")
-    )
+    if job.hashed:
+        num_ids = job.max_ids or 0
+        with whole(job.remap) as remap:
+            _write_remap(job, remap, lambda keys: keys.select("at", id=hash_ids(keys["key"], num_ids)))
+        advance(len(job.parts))
+    else:
+        num_ids = _count_vocabulary(job, advance)
+    facts = {"feature": job.feature, "num_ids": num_ids}
+    write_whole(job.folder / f"{job.feature}.json", json.dumps(facts))
+    return facts
 
 
-def encode(keys: pl.DataFrame, vocabulary: pl.DataFrame) -> pl.Series:
-    """Replace the values of a one-column frame named `key` by their ids, in row order; 0 where there is none."""
-    joined = keys.join(vocabulary.select("key", "id"), on="key", how="left", maintain_order="left")
-    return joined["id"].fill_null(0)
+def hash_ids(keys: pl.Series, num_ids: int) -> pl.Series:
+    """1 + key mod (num_ids - 1), Int32; missing gives 0. Texts are hashed by CRC-32 first."""
+    if keys.dtype == pl.String:
+        keys = pl.Series([None if text is None else zlib.crc32(text.encode()) for text in keys], dtype=pl.UInt64)
+    elif keys.dtype == pl.Int64:
+        keys = keys.reinterpret(signed=False)
+    return (keys.cast(pl.UInt64) % (num_ids - 1) + 1).fill_null(0).cast(pl.Int32)
 
 
-def save(vocabularies: dict[str, pl.DataFrame], folder: Path) -> None:
-    """Write one Parquet file a column."""
-    folder.mkdir()
-    for name, vocabulary in vocabularies.items():
-        vocabulary.write_parquet(folder / f"{name}.parquet")
+def _count_vocabulary(job: VocabularyJob, advance: Callable[[int], None]) -> int:
+    with TemporaryDirectory(dir=job.folder, prefix=f".{job.feature}.") as scratch:
+        intervals: list[Interval] = []
+        for low, high, counted in _count(job, Path(scratch), advance):
+            interval = Interval(low, high, Path(scratch) / f"{len(intervals)}.kept.parquet")
+            kept = counted.filter(pl.col("count") >= job.threshold).sort("count", "key", descending=[True, False])
+            kept.write_parquet(interval.kept, compression="lz4", row_group_size=RUN_GROUP_ROWS)
+            intervals.append(interval)
+            del counted, kept
+        sizes = _give_ids(intervals)
+        total = int(sizes.sum())
+        if total >= MAX_NUM_IDS and not job.max_ids:
+            raise InputError(
+                f"column {job.feature}: {total:,} values occur at least {job.threshold} times, more ids than int32 "
+                f"holds; raise --threshold or set --max-ids"
+            )
+        num_ids = min(total + 1, job.max_ids or MAX_NUM_IDS)
+        with whole(job.out / f"{job.feature}.parquet") as path:
+            _write_vocabulary(path, intervals, sizes, num_ids)
+        with whole(job.remap) as remap:
+            for interval in intervals:
+                ids = pl.read_parquet(interval.kept, columns=["key", "id"]).filter(pl.col("id") < num_ids)
+                _write_remap(job, remap, partial(_look_up, interval=interval, ids=ids))
+    return num_ids
+
+
+# ---- counting
+
+
+def _count(
+    job: VocabularyJob, scratch: Path, advance: Callable[[int], None]
+) -> Iterator[tuple[Any, Any, pl.DataFrame]]:
+    """Count values over training rows; yields (low, high, frame of key and count) by intervals of keys.
+
+    One interval for what fits. Else sorted runs go to disk, and each interval is merged from its slices of all runs.
+    """
+    runs: list[Path] = []
+    samples: list[pl.Series] = []
+    num_spilled = 0
+    waiting: list[pl.DataFrame] = []
+
+    def spill(run: pl.DataFrame) -> None:
+        nonlocal num_spilled
+        run = run.sort("key")
+        runs.append(scratch / f"{len(runs)}.run.parquet")
+        run.write_parquet(runs[-1], compression="lz4", row_group_size=RUN_GROUP_ROWS)
+        samples.append(run["key"].gather_every(max(run.height // 1024, 1)))
+        num_spilled += run.height
+        waiting.clear()
+
+    for part in job.parts:
+        waiting.append(_count_part(part, job.feature))
+        if sum(frame.height for frame in waiting) > job.capacity // 2:
+            merged = _merge(pl.concat(waiting).lazy())
+            waiting[:] = [merged]
+            if merged.height > job.capacity // 4:
+                spill(merged)
+            del merged
+        advance(1)
+    if not runs:
+        yield None, None, _merge(pl.concat(waiting).lazy())
+        return
+    if waiting:
+        spill(_merge(pl.concat(waiting).lazy()))
+    sample = pl.concat(samples).sort()
+    num_intervals = -(-num_spilled // (job.capacity // 4))
+    edges = [None, *sample.gather_every(max(len(sample) // num_intervals, 1))[1:].unique(maintain_order=True), None]
+    for low, high in pairwise(edges):
+        inside = Interval(low, high, scratch).holds()
+        yield low, high, _merge(pl.scan_parquet(runs).filter(inside))
+
+
+def _count_part(part: PartOfLog, feature: str) -> pl.DataFrame:
+    batch = read_part(part.path, [feature, "split"])
+    column = batch.column(feature)
+    codes = column.indices.to_numpy()[part.split(batch) == TRAIN]
+    counts = np.bincount(codes, minlength=len(column.dictionary))
+    counted = pl.DataFrame({"key": pl.Series(column.dictionary), "count": counts.astype(np.uint64)})
+    return counted.filter(pl.col("key").is_not_null() & (pl.col("count") > 0))
+
+
+def _merge(counted: pl.LazyFrame) -> pl.DataFrame:
+    return counted.group_by("key").agg(pl.col("count").sum()).collect()
+
+
+# ---- ids
+
+
+def _give_ids(intervals: Sequence[Interval]) -> np.ndarray:
+    """Add a column of ids to the kept values: by count, then by interval, then by key within it.
+
+    That is the order by (count, key) of all, since intervals stand in order of their keys.
+
+    Returns the number of values of each count (descending) in each interval, int64 [counts, intervals].
+    """
+    counts_of = [pl.read_parquet(interval.kept, columns=["count"])["count"].to_numpy() for interval in intervals]
+    tallies = [np.unique(counts.astype(np.int64), return_counts=True) for counts in counts_of]
+    descending = np.unique(np.concatenate([-counts for counts, _ in tallies]))
+    sizes = np.zeros((len(descending), len(intervals)), dtype=np.int64)
+    for i, (counts, num_values) in enumerate(tallies):
+        sizes[np.searchsorted(descending, -counts), i] = num_values
+    starts = 1 + sizes.cumsum().reshape(sizes.shape) - sizes
+    for i, interval in enumerate(intervals):
+        own = sizes[:, i]
+        within = np.arange(own.sum()) - np.repeat(own.cumsum() - own, own)
+        ids = pl.Series("id", np.repeat(starts[:, i], own) + within, dtype=pl.Int64)
+        kept = pl.read_parquet(interval.kept).with_columns(ids)
+        kept.write_parquet(interval.kept, compression="lz4", row_group_size=RUN_GROUP_ROWS)
+    return sizes
+
+
+def _write_vocabulary(path: Path, intervals: Sequence[Interval], sizes: np.ndarray, num_ids: int) -> None:
+    """Write key, id (Int32) and count in order of id: the intervals are merged, a block of counts at a time."""
+    ends = sizes.sum(axis=1).cumsum()
+    read = np.zeros(len(intervals), dtype=np.int64)
+    schema = pl.read_parquet_schema(intervals[0].kept)
+    with pq.ParquetWriter(
+        path, _vocabulary_frame(pl.DataFrame(schema=schema), 0).to_arrow().schema, compression="lz4"
+    ) as writer:
+        begin = 0
+        while begin < len(ends):
+            written = ends[begin - 1] if begin else 0
+            end = max(int(np.searchsorted(ends, written + BLOCK_ROWS, side="right")), begin + 1)
+            blocks = []
+            for i, num_rows in enumerate(sizes[begin:end].sum(axis=0)):
+                blocks += [
+                    pl.scan_parquet(intervals[i].kept).slice(int(at), min(BLOCK_ROWS, int(read[i] + num_rows - at)))
+                    for at in range(read[i], read[i] + num_rows, BLOCK_ROWS)
+                ]
+                read[i] += num_rows
+            # Values of one count follow one another interval by interval: however many there are, none is sorted.
+            for block in blocks if end == begin + 1 else [pl.concat(blocks).sort("id")]:
+                writer.write_table(_vocabulary_frame(block.collect(), num_ids).to_arrow())
+            begin = end
+
+
+def _vocabulary_frame(frame: pl.DataFrame, num_ids: int) -> pl.DataFrame:
+    return frame.filter(pl.col("id") < num_ids).select("key", pl.col("id").cast(pl.Int32), "count")
+
+
+# ---- the remap
+
+
+def _look_up(keys: pl.DataFrame, *, interval: Interval, ids: pl.DataFrame) -> pl.DataFrame:
+    return keys.filter(interval.holds()).join(ids, on="key")
+
+
+def _write_remap(job: VocabularyJob, path: Path, look_up: Callable[[pl.DataFrame], pl.DataFrame]) -> None:
+    """Write ids of dictionary entries where `look_up` finds any; what is never written is 0.
+
+    `look_up` takes a frame of key and at (the place in the remap) and returns one of at and id.
+    """
+    sizes = [part.num_values[job.feature] for part in job.parts]
+    with path.open("r+b" if path.exists() else "w+b") as file:
+        file.truncate(4 * sum(sizes))
+        for first, last in _batches(sizes, max(job.capacity // 4, *sizes)):
+            begin, size = sum(sizes[:first]), sum(sizes[first:last])
+            keys = [
+                pl.Series("key", read_part(p.path, [job.feature]).column(0).dictionary) for p in job.parts[first:last]
+            ]
+            frame = pl.concat(keys).to_frame("key").with_row_index("at").filter(pl.col("key").is_not_null())
+            found = look_up(frame)
+            file.seek(4 * begin)
+            ids = np.fromfile(file, dtype="<i4", count=size)
+            ids[found["at"].to_numpy()] = found["id"].to_numpy()
+            file.seek(4 * begin)
+            ids.tofile(file)
+
+
+def _batches(sizes: Sequence[int], capacity: int) -> Iterator[tuple[int, int]]:
+    """Consecutive intervals of parts whose dictionaries fit together."""
+    first = held = 0
+    for i, size in enumerate(sizes):
+        if held + size > capacity:
+            yield first, i
+            first = i
+            held = 0
+        held += size
+    yield first, len(sizes)
