@@ -1,0 +1,35 @@
+"""The benchmarks run; what they measure is not asserted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROWS = 20_000
+
+
+def test_prepare_reports_every_cost(tmp_path: Path) -> None:
+    out, work = tmp_path / "result.json", tmp_path / "work"
+    command = [sys.executable, str(BENCHMARKS / "prepare.py"), "--rows", str(ROWS), "--files", "3"]
+    done = subprocess.run(
+        [*command, "--json", str(out), "--work", str(work), "--keep"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    costs = {
+        *("raw_bytes", "gz_bytes", "distinct", "cpu_seconds", "wall_seconds", "peak_rss_bytes", "max_rss_child_bytes"),
+        *("rows_per_cpu_second", "output_bytes", "pyarrow_read_cpu_seconds", "ratio_to_pyarrow_read"),
+        *("gunzip_cpu_seconds", "byte_read_cpu_seconds", "core_hours_for_4_37_billion_rows"),
+    }
+    facts = {"distinct_note", "stages", "memory", "threshold", "commit", "machine", "versions", "command", "date"}
+    assert set(result) == {"rows", "files"} | costs | facts
+    assert all(result[name] > 0 for name in costs)
+    assert (result["rows"], result["files"]) == (ROWS, 3)
+    splits = json.loads((work / "prepared" / "manifest.json").read_text())["splits"]
+    assert sum(split["num_rows"] for split in splits.values()) == ROWS
+    assert result["rows_per_cpu_second"] * result["cpu_seconds"] == pytest.approx(ROWS)
+    assert result["ratio_to_pyarrow_read"] * result["pyarrow_read_cpu_seconds"] == pytest.approx(result["cpu_seconds"])
+    assert 240 < result["raw_bytes"] / ROWS < 280
