@@ -42,6 +42,29 @@ def test_logloss_is_scikit_learns() -> None:
     assert logloss(labels, probabilities) == pytest.approx(log_loss(labels, probabilities), rel=1e-12)
 
 
+@pytest.mark.parametrize("num_values", [10, 10_000_000])
+def test_weighted_metrics_are_scikit_learns(num_values: int) -> None:
+    labels, probabilities = sample(5_000)
+    probabilities = np.clip(np.round(probabilities * num_values) / num_values, 0.01, 0.99)
+    weights = np.random.default_rng(1).exponential(size=len(labels)).astype(np.float32)
+    metrics = click_metrics(labels, probabilities, weights)
+    assert metrics.auc == pytest.approx(roc_auc_score(labels, probabilities, sample_weight=weights), abs=1e-12)
+    assert metrics.logloss == pytest.approx(log_loss(labels, probabilities, sample_weight=weights), rel=1e-12)
+    rate = np.average(labels, weights=weights.astype(np.float64))
+    base = log_loss(labels, np.full(len(labels), rate), sample_weight=weights)
+    assert metrics.ne == pytest.approx(metrics.logloss / base, rel=1e-12)
+    assert metrics.calibration == pytest.approx(np.average(probabilities, weights=weights) / rate, rel=1e-6)
+
+
+def test_a_weight_counts_as_so_many_rows() -> None:
+    labels, probabilities = sample(500)
+    times = np.random.default_rng(1).integers(0, 4, len(labels))
+    weighted = click_metrics(labels, probabilities, times)
+    repeated = click_metrics(labels.repeat(times), probabilities.repeat(times))
+    for name in ("auc", "logloss", "ne", "calibration"):
+        assert getattr(weighted, name) == pytest.approx(getattr(repeated, name), rel=1e-12)
+
+
 def test_extreme_probabilities_cost_much_but_not_everything() -> None:
     never = -math.log(1e-15)
     assert logloss(np.array([1.0, 0.0]), np.array([0.0, 1.0])) == pytest.approx(never, rel=1e-3)

@@ -10,22 +10,26 @@ so rows of many groups meet in a batch while only `slots` groups are open. Rank 
 import itertools
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.config import InputError
-from recsys.data.batch import Batch
+from recsys.data.batch import Batch, BatchMaker
+from recsys.data.groups import Layout, row_groups
+from recsys.data.multihot import MLPERF_SIZES, MultiHot
+from recsys.data.order import Cursor, ReadAhead, pieces_of
 from recsys.data.schema import Schema
 
 PREFETCHED_BATCHES = 4
+# Batches are filled several at once, so that long stretches are copied; this much stays in a CPU's cache.
+FILLED_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,23 +37,22 @@ class LoaderConfig:
     """How training rows are read."""
 
     slots: int = 48
-    """Row groups that are open at once over all ranks; rounded up to a multiple of the ranks."""
+    """Row groups that are open at once over all ranks; a multiple of the ranks."""
     seed: int = 0
-    """Seed of the order of rows."""
+    """Seed of the order of rows, and of the ids that multi_hot adds."""
+    workers: int = 1
+    """Threads of each rank that decode row groups ahead; batches do not depend on it."""
+    multi_hot: Literal["none", "uniform", "pareto"] = "none"
+    """Expand the one id of each feature to several while loading, drawn from this distribution."""
+    multi_hot_sizes: tuple[int, ...] = ()
+    """Ids a row of each feature, in field order; none means those of MLPerf's DLRM-DCNv2."""
 
     def __post_init__(self) -> None:
-        for name, least in (("slots", 1), ("seed", 0)):
+        for name, least in (("slots", 1), ("seed", 0), ("workers", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least {least}")
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """One row group of a split, and where it stands in the order of its files."""
-
-    path: Path
-    index: int
-    num_rows: int
+        if self.multi_hot_sizes and self.multi_hot == "none":
+            raise ValueError("multi_hot_sizes without multi_hot; name uniform or pareto")
 
 
 class Loader:
@@ -60,7 +63,7 @@ class Loader:
         split: train, valid or test.
         batch_size: rows of a global batch, over all ranks; a multiple of `world_size`.
         rank, world_size: which part of every global batch this loader yields.
-        config: slots and seed.
+        config: slots, seed, threads and multi-hot ids.
         shuffle: False keeps the order of the files.
         tail: what becomes of the rows that do not fill a last global batch: "drop" leaves them out (others each
             epoch, by the shuffle), "pad" takes one step more and fills up the last spans with rows of weight 0.
@@ -86,11 +89,11 @@ class Loader:
             right = max(round(batch_size / world_size), 1) * world_size
             raise InputError(f"batch size {batch_size} cannot be shared by {world_size} ranks equally; {right} can")
         self.schema = Schema.load(folder)
-        self.groups = _row_groups(folder, split, self.schema)
+        self.groups = row_groups(folder, split, self.schema)
         self.num_rows = sum(group.num_rows for group in self.groups)
         self.batch_size = batch_size
         self.local_batch_size = batch_size // world_size
-        self.seed = config.seed
+        self.seed, self.workers = config.seed, config.workers
         self.shuffle = shuffle
         self.steps_per_epoch = self.num_rows // batch_size if tail == "drop" else -(-self.num_rows // batch_size)
         if not self.steps_per_epoch:
@@ -98,40 +101,44 @@ class Loader:
                 f"{folder / split} has {self.num_rows:,} rows, fewer than one global batch of {batch_size:,}; "
                 f"lower the batch size to {self.num_rows} at most"
             )
-        # Slot k takes rows [k B / S, (k+1) B / S) of every global batch: whole numbers, also where S does not divide B.
-        slots = config.slots if shuffle else world_size
-        if slots % world_size:
-            raise InputError(
-                f"{slots} slots cannot be shared by {world_size} ranks equally, and other slots mean other batches; "
-                f"use --loader.slots {-(-slots // world_size) * world_size} from the first step of a run on"
-            )
-        shares = [k * batch_size // slots for k in range(slots + 1)]
-        own = range(rank * slots // world_size, (rank + 1) * slots // world_size)
-        self._slots = [(shares[k], shares[k + 1]) for k in own]
-        self._one_each = _OneEach(self.schema, self.local_batch_size)
-        self._files: dict[Path, pq.ParquetFile] = {}
+        self._slots = _slots(config.slots if shuffle else world_size, batch_size, rank, world_size)
+        self._layout = Layout(self.schema)
+        self._memory: list[np.ndarray] = []
+        multi_hot = None
+        if config.multi_hot != "none":
+            multi_hot = MultiHot(self.schema, config.multi_hot_sizes or MLPERF_SIZES, config.multi_hot, config.seed)
+        self._maker = BatchMaker(self._layout, self.local_batch_size, multi_hot)
+
+    @property
+    def tail_rows(self) -> int:
+        """Rows that an epoch leaves out: fewer than a global batch with tail "drop", none with "pad"."""
+        return max(self.num_rows - self.steps_per_epoch * self.batch_size, 0)
+
+    @property
+    def tail_share(self) -> float:
+        """Share of all rows that an epoch leaves out."""
+        return self.tail_rows / self.num_rows
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """Yield this rank's batches of one epoch from `first_step` on, in the calling thread."""
-        order, starts = self._order(epoch)
-        cursors = [
-            (
-                end - begin,
-                _Cursor(self, epoch, order, starts, self.steps_per_epoch * begin + first_step * (end - begin)),
-            )
-            for begin, end in self._slots
+        """Yield this rank's batches of one epoch from `first_step` on, put together in the calling thread."""
+        width, rows = self._layout.width, self.local_batch_size
+        at_once = max(FILLED_BYTES // (4 * width * rows), 1)
+        cursors = self._cursors(epoch, first_step)
+        openings = [
+            (call, index, group) for index, cursor in enumerate(cursors) for call, group in cursor.openings(at_once)
         ]
-        num_columns = 1 + len(self.schema.dense) + len(self.schema.sparse)
-        for _ in range(first_step, self.steps_per_epoch):
-            block = np.zeros((num_columns, self.local_batch_size), dtype=np.int32)
-            weights = np.zeros(self.local_batch_size, dtype=np.float32)
-            at = 0
-            for share, cursor in cursors:
-                weights[at : at + cursor.copy_rows(block[:, at : at + share])] = 1.0
-                at += share
-            batch = self._one_each.batch(block, weights)
-            # Copies from page-locked memory to a CUDA device overlap with its work.
-            yield batch.pin_memory() if torch.cuda.is_available() else batch
+        # Sorting is stable: within one call of `fill`, a cursor's pieces keep their order.
+        uses = [group for _, _, group in sorted(openings, key=lambda opening: opening[:2])]
+        memory = self._memory.pop() if self._memory else self._new_memory()
+        with ReadAhead(partial(self._decode, epoch), uses, self.workers, memory) as groups:
+            for step in range(first_step, self.steps_per_epoch, at_once):
+                num_steps = min(at_once, self.steps_per_epoch - step)
+                blocks = self._maker.empty(num_steps, width * rows, dtype=torch.int32)
+                views = self._layout.views(blocks.numpy())
+                for cursor in cursors:
+                    cursor.fill(views, num_steps, groups)
+                yield from self._maker.batches(blocks)
+        self._memory.append(memory)
 
     def stream(self, step: int = 0) -> Iterator[Batch]:
         """Yield batches without end from global step `step` on, epoch after epoch, prefetched in a thread."""
@@ -148,86 +155,51 @@ class Loader:
         """Yield every batch of epoch 0, prefetched in a thread."""
         return prefetch(self.epoch(0))
 
-    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Groups of an epoch in reading order, and the position in that order at which each starts."""
+    def _cursors(self, epoch: int, first_step: int) -> list[Cursor]:
+        """One a slot of this rank."""
         order = np.arange(len(self.groups))
         if self.shuffle:
             np.random.default_rng([self.seed, epoch]).shuffle(order)
-        starts = np.cumsum([0, *(self.groups[i].num_rows for i in order)])
-        return order, starts
+        sizes = np.array([group.num_rows for group in self.groups])
+        cursors = []
+        for slot, begin, end in self._slots:
+            pieces = pieces_of(order, sizes, self.steps_per_epoch * begin, self.steps_per_epoch * end)
+            if self.shuffle and slot % 2:
+                pieces.reverse()
+            rows = range(begin - self._slots[0][1], end - self._slots[0][1])
+            cursors.append(Cursor(self._layout, pieces, rows, first_step * len(rows)))
+        return cursors
 
-    def read(self, group: int, epoch: int) -> np.ndarray:
-        """Decode one row group to int32 [columns, rows]: label, dense (bits of float32), sparse; rows permuted."""
+    def _new_memory(self) -> np.ndarray:
+        """Memory for all blocks of an epoch at once: in one piece, the system gives it in huge pages."""
+        num_blocks = min(len(self._slots) + ReadAhead.AHEAD * self.workers, len(self.groups))
+        largest = max(group.num_rows for group in self.groups)
+        return np.empty((num_blocks, self._layout.width * largest), dtype=np.int32)
+
+    def _decode(self, epoch: int, group: int, memory: np.ndarray) -> np.ndarray:
+        """Block of one row group, its rows permuted."""
         source = self.groups[group]
-        columns = [self.schema.labels[0], *self.schema.dense, *self.schema.sparse]
-        if source.path not in self._files:
-            self._files[source.path] = pq.ParquetFile(source.path)
-        table = self._files[source.path].read_row_group(source.index, columns=columns, use_threads=False)
-        rows = np.arange(source.num_rows)
+        order = None
         if self.shuffle:
-            np.random.default_rng([self.seed, epoch, group]).shuffle(rows)
-        block = np.empty((len(columns), source.num_rows), dtype=np.int32)
-        for name, out in zip(columns, block, strict=True):
-            values = table[name].to_numpy()
-            kind = np.float32 if name in self.schema.dense else np.int32
-            values = values.astype(kind, copy=False).view(np.int32)
-            np.take(values, rows, out=out)
-        return block
+            order = np.random.default_rng([self.seed, epoch, group]).permutation(source.num_rows)
+        return self._layout.decode(source, order, memory)
 
 
-class _Cursor:
-    """Reads one slot's span of an epoch, from a position in the order of rows; holds one row group open."""
+def _slots(num_slots: int, batch_size: int, rank: int, world_size: int) -> list[tuple[int, int, int]]:
+    """List a rank's slots as (number, begin, end): each takes rows [begin, end) of every global batch.
 
-    def __init__(self, loader: Loader, epoch: int, order: np.ndarray, starts: np.ndarray, position: int) -> None:
-        self.loader, self.epoch, self.order, self.starts = loader, epoch, order, starts
-        self.position = position
-        self.open = -1
-        self.block = np.empty((0, 0), dtype=np.int32)
-
-    def copy_rows(self, out: np.ndarray) -> int:
-        """Fill `out` [columns, n] with the next n rows; returns how many there were before the data ended."""
-        done = 0
-        while done < out.shape[1] and self.position < self.starts[-1]:
-            index = int(np.searchsorted(self.starts, self.position, side="right")) - 1
-            if index != self.open:
-                self.open, self.block = index, self.loader.read(int(self.order[index]), self.epoch)
-            begin = self.position - int(self.starts[index])
-            taken = min(out.shape[1] - done, self.block.shape[1] - begin)
-            out[:, done : done + taken] = self.block[:, begin : begin + taken]
-            done += taken
-            self.position += taken
-        return done
-
-
-class _OneEach:
-    """Makes batches of features that have one id a row; their lengths and offsets never change and are built once."""
-
-    def __init__(self, schema: Schema, batch_size: int) -> None:
-        self.features = list(schema.sparse)
-        self.num_dense = len(schema.dense)
-        num_ids = len(self.features) * batch_size
-        self.lengths = torch.ones(num_ids, dtype=torch.int32)
-        self.offsets = torch.arange(num_ids + 1, dtype=torch.int32)
-        self.per_key = [batch_size] * len(self.features)
-        self.batch_size = batch_size
-
-    def batch(self, block: np.ndarray, weights: np.ndarray) -> Batch:
-        """Turn a block int32 [columns, B] into a batch, copying the dense columns alone."""
-        dense = block[1 : 1 + self.num_dense].view(np.float32)
-        ids = torch.from_numpy(block[1 + self.num_dense :].reshape(-1))
-        return Batch(
-            dense=torch.from_numpy(np.ascontiguousarray(dense.T)),
-            sparse=KeyedJaggedTensor(
-                keys=self.features,
-                values=ids,
-                lengths=self.lengths,
-                offsets=self.offsets,
-                stride=self.batch_size,
-                length_per_key=self.per_key,
-            ),
-            labels=torch.from_numpy(block[0].astype(np.float32)),
-            weights=torch.from_numpy(weights),
+    Slot k of S has rows [k B / S, (k+1) B / S): whole numbers, also where S does not divide B. Slots that get no row
+    are left out and not counted.
+    """
+    if num_slots % world_size:
+        raise InputError(
+            f"{num_slots} slots cannot be shared by {world_size} ranks equally, and other slots mean other batches; "
+            f"use --loader.slots {-(-num_slots // world_size) * world_size} from the first step of a run on"
         )
+    shares = [(k * batch_size // num_slots, (k + 1) * batch_size // num_slots) for k in range(num_slots)]
+    slots = enumerate((begin, end) for begin, end in shares if end > begin)
+    first, last = (r * batch_size // world_size for r in (rank, rank + 1))
+    return [(number, begin, end) for number, (begin, end) in slots if first <= begin < last]
 
 
 def prefetch(batches: Iterator[Batch], depth: int = PREFETCHED_BATCHES) -> Iterator[Batch]:
@@ -253,6 +225,9 @@ def prefetch(batches: Iterator[Batch], depth: int = PREFETCHED_BATCHES) -> Itera
             put(None)
         except BaseException as error:
             put(error)
+        finally:
+            if isinstance(batches, Generator):
+                batches.close()  # and with it the threads that decode
 
     thread = threading.Thread(target=work, name="loader", daemon=True)
     thread.start()
@@ -264,44 +239,3 @@ def prefetch(batches: Iterator[Batch], depth: int = PREFETCHED_BATCHES) -> Itera
     finally:
         stopped.set()
         thread.join()
-
-
-def _row_groups(folder: Path, split: str, schema: Schema) -> list[RowGroup]:
-    """List the row groups of a split in file order, having checked that its columns are the schema's."""
-    paths = sorted((folder / split).glob("*.parquet"))
-    if not paths:
-        raise InputError(f"{folder / split}: no Parquet file in it; prepare again, or with another split rule")
-    groups = []
-    for path in paths:
-        try:
-            file = pq.ParquetFile(path)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: not a whole Parquet file ({error}); prepare again") from None
-        missing = [c for c in (*schema.labels, *schema.dense, *schema.sparse) if c not in file.schema_arrow.names]
-        if missing:
-            raise InputError(f"{path}: column {missing[0]!r} of schema.json is not in it; prepare again")
-        _check_ids(path, file.metadata, schema)
-        groups += [RowGroup(path, i, file.metadata.row_group(i).num_rows) for i in range(file.num_row_groups)]
-    if not sum(group.num_rows for group in groups):
-        raise InputError(f"{folder / split}: no row in it; prepare a longer log, or with another split rule")
-    return groups
-
-
-def _check_ids(path: Path, metadata: pq.FileMetaData, schema: Schema) -> None:
-    """Compare the largest id of each column, which Parquet notes per row group, with the schema's size.
-
-    Nothing else would tell: TorchRec maps an id beyond a table's end to row 0.
-    """
-    columns = {metadata.schema.column(i).name: i for i in range(metadata.num_columns)}
-    for feature, num_ids in schema.sparse.items():
-        for group in range(metadata.num_row_groups):
-            statistics = metadata.row_group(group).column(columns[feature]).statistics
-            if (
-                statistics is not None
-                and statistics.has_min_max
-                and not 0 <= statistics.min <= statistics.max < num_ids
-            ):
-                raise InputError(
-                    f"{path}, row group {group}: column {feature} holds ids {statistics.min} to {statistics.max}, "
-                    f"but schema.json gives it {num_ids} ids; prepare again"
-                )

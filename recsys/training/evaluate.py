@@ -12,6 +12,7 @@ from recsys.config import InputError, load_file, write_whole
 from recsys.data.schema import SPLITS, Schema
 from recsys.data.split import split_of
 from recsys.distributed import World, on_first
+from recsys.place import Place
 from recsys.training import checkpoint
 from recsys.training.metrics import ClickMetrics, click_metrics
 from recsys.training.predict import Predictions
@@ -29,8 +30,8 @@ class EvaluateConfig:
     """Run folder."""
     split: Literal["valid", "test"] = "test"
     """Held-out split."""
-    data: Path | None = None
-    """Prepared folder; without it, the one that the run was trained on."""
+    data: Place | None = None
+    """Prepared folder, may be a URL; without it, the one that the run was trained on."""
     truth: Path | None = None
     """FILE.truth.parquet of `recsys synth`: adds the row of the best possible predictions."""
     json: Path | None = None

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from recsys.data.batch import Batch
+from recsys.data.batch import Batch, to_device
 from recsys.distributed import World, gather_to_first
 from recsys.tasks.click import Outputs
 from recsys.training.metrics import ClickMetrics, click_metrics
@@ -21,6 +21,8 @@ class Predictions:
 
     logits_NM: np.ndarray
     labels_N: np.ndarray
+    weights_N: np.ndarray
+    """How often each row counts; above 0."""
 
 
 @torch.no_grad()
@@ -28,7 +30,7 @@ def predict(task: nn.Module, batches: Iterator[Batch], world: World) -> Predicti
     """Run the task over this rank's batches; rank 0 gets the predictions of all ranks, the others None."""
     was_training = task.training
     task.eval()
-    outputs: list[Outputs] = [task(batch.to(world.device, non_blocking=True))[1] for batch in batches]
+    outputs: list[Outputs] = [task(batch)[1] for batch in to_device(batches, world.device)]
     task.train(was_training)
     gathered = [
         gather_to_first(torch.cat([getattr(output, name) for output in outputs]).float())
@@ -38,7 +40,7 @@ def predict(task: nn.Module, batches: Iterator[Batch], world: World) -> Predicti
     if logits is None or labels is None or weights is None:
         return None
     real = weights > 0
-    return Predictions(logits[real].cpu().numpy(), labels[real].cpu().numpy())
+    return Predictions(*(values[real].cpu().numpy() for values in (logits, labels, weights)))
 
 
 def member_metrics(
@@ -47,4 +49,7 @@ def member_metrics(
     """Metrics of each member, and of all of them merged under the name `merged`."""
     logits = torch.from_numpy(predictions.logits_NM).double()
     columns = {name: logits[:, index] for index, name in enumerate(names)} | {MERGED: merge(logits)}
-    return {name: click_metrics(predictions.labels_N, torch.sigmoid(logit).numpy()) for name, logit in columns.items()}
+    return {
+        name: click_metrics(predictions.labels_N, torch.sigmoid(logit).numpy(), predictions.weights_N)
+        for name, logit in columns.items()
+    }

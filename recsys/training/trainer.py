@@ -22,6 +22,7 @@ from recsys.embeddings.init import init_tables
 from recsys.embeddings.sharding import ShardingType, TableSharder, allowed_types, describe_plan, make_plan
 from recsys.merge.rules import RULES
 from recsys.model import BackboneConfigs, ModelConfig, RecModel, parse_members
+from recsys.place import Place
 from recsys.progress import progress
 from recsys.tasks.click import ClickTask, Outputs
 from recsys.training import checkpoint
@@ -61,8 +62,8 @@ class LoopConfig:
 class TrainConfig:
     """A training run, whole."""
 
-    data: Path
-    """Prepared folder, see `recsys prepare`."""
+    data: Place
+    """Prepared folder, see `recsys prepare`; may be a URL."""
     out: Path
     """Run folder to make."""
     members: tuple[str, ...] = ("dcnv2", "wukong", "rankmixer")
@@ -100,6 +101,7 @@ def check_same_job(before: TrainConfig, now: TrainConfig) -> None:
     fields = {f.name: (getattr(before, f.name), getattr(now, f.name)) for f in dataclasses.fields(now)}
     fields = {name: values for name, values in fields.items() if name not in MAY_CHANGE}
     fields["batch_size"] = (before.train.batch_size, now.train.batch_size)
+    fields["loader"] = (before.loader, replace(now.loader, workers=before.loader.workers))
     for name, (old, new) in fields.items():
         if old != new:
             raise InputError(
@@ -176,6 +178,9 @@ class Trainer:
             progress("train", total=self.num_steps * loop.batch_size, unit="rows", show=self.world.is_first) as advance,
             run.writer(self.step, self.world.is_first) as write,
         ):
+            loader = self.loader
+            tail = {"rows": loader.num_rows, "tail_rows": loader.tail_rows, "tail_share": loader.tail_share}
+            write("data", self.step, tail)
             advance(self.step * loop.batch_size)
             while self.step < self.num_steps:
                 outputs = self._step(batches)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from recsys.data.loader import LoaderConfig
 from tests.distributed.jobs import Outcome, small_config, train_here, train_on_ranks
 
 MEMBERS = ("dcnv2", "wukong", "rankmixer")
@@ -50,6 +51,16 @@ def test_two_ranks_under_every_plan_equal_one_rank(
 ) -> None:
     assert two_ranks[plan].sharding_types == {plan.partition(",")[0]}
     assert_same(two_ranks[plan], one_rank[PLANS[plan]])
+
+
+def test_features_of_several_ids_train_alike_on_two_ranks(prepared: Path, tmp_path: Path) -> None:
+    loader = LoaderConfig(multi_hot="pareto", multi_hot_sizes=tuple(1 + field % 3 for field in range(26)))
+    configs = [
+        small_config(prepared, members=("dcnv2",), num_steps=5, sharding=sharding, loader=loader)
+        for sharding in ("table_wise", "row_wise")
+    ]
+    for one, two in zip(train_here(configs), train_on_ranks(2, configs, tmp_path), strict=True):
+        assert_same(one, two)
 
 
 def test_the_reference_learns(one_rank: dict[str, Outcome]) -> None:

@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from sklearn.metrics import log_loss, roc_auc_score
 
 from recsys.config import InputError, load_file
+from recsys.data.loader import LoaderConfig
+from recsys.data.schema import Schema
 from recsys.distributed import World, process_group
+from recsys.place import place
 from recsys.training import checkpoint
 from recsys.training.evaluate import BAYES_OPTIMAL, EvaluateConfig, evaluate
 from recsys.training.trainer import TrainConfig, Trainer
@@ -253,6 +259,58 @@ def test_bf16_stays_close_to_fp32(prepared: Path, world: World, tmp_path: Path) 
         assert predictions is not None
         logits.append(predictions.logits_NM)
     assert 0 < abs(logits[0] - logits[1]).mean() < 0.02
+
+
+def test_a_run_tells_how_many_rows_an_epoch_leaves_out(run: TrainConfig) -> None:
+    (line,) = steps(run.out, "data")
+    assert line["rows"] % run.train.batch_size == line["tail_rows"]
+    assert line["tail_share"] == line["tail_rows"] / line["rows"]
+
+
+def test_a_run_goes_on_with_other_workers_but_not_in_another_order(
+    run: TrainConfig, world: World, tmp_path: Path
+) -> None:
+    shutil.copytree(run.out, tmp_path / "run")
+    train = dataclasses.replace(run.train, num_steps=21)
+    changed = dataclasses.replace(run, out=tmp_path / "run", resume=True, train=train)
+    with pytest.raises(InputError, match="cannot go on with loader"):
+        Trainer(dataclasses.replace(changed, loader=LoaderConfig(slots=8)), world).train()
+    Trainer(dataclasses.replace(changed, loader=LoaderConfig(workers=3)), world).train()
+    assert [line["step"] for line in steps(changed.out, "train")] == list(range(1, 22))
+
+
+def test_data_of_an_object_store_trains_alike(run: TrainConfig, world: World, tmp_path: Path) -> None:
+    store = place("memory://trains-alike/data")
+    for path in (path for path in run.data.rglob("*") if path.is_file()):
+        copy = store / path.relative_to(run.data).as_posix()
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    config = dataclasses.replace(run, data=store, out=tmp_path / "run")
+    Trainer(config, world).train()
+    assert steps(config.out, "train")[-1]["loss"] == steps(run.out, "train")[-1]["loss"]
+    assert load_file(TrainConfig, config.out / "config.json") == config
+    found = evaluate(EvaluateConfig(run=config.out, data=store, split="valid"), world)
+    assert found == evaluate(EvaluateConfig(run=run.out, split="valid"), world)
+
+
+def test_metrics_count_rows_by_their_weights(prepared: Path, world: World, tmp_path: Path) -> None:
+    for path in prepared.glob("*/*.parquet"):
+        table = pq.read_table(path)
+        (tmp_path / path.parent.name).mkdir(exist_ok=True)
+        if "label" in table.column_names:
+            weights = pa.array(np.arange(len(table)) % 5 + 0.5, pa.float32())
+            pq.write_table(table.append_column("importance", weights), tmp_path / path.parent.name / path.name)
+    dataclasses.replace(Schema.load(prepared), weight="importance").save(tmp_path)
+    trainer = Trainer(small_config(tmp_path, members=("dcnv2",)), world)
+    predictions = trainer.predict(trainer.valid_loader)
+    assert predictions is not None
+    labels, weights = predictions.labels_N, predictions.weights_N
+    assert len(weights) == trainer.valid_loader.num_rows
+    assert set(weights) == {0.5, 1.5, 2.5, 3.5, 4.5}
+    probabilities = 1 / (1 + np.exp(-predictions.logits_NM[:, 0].astype(np.float64)))
+    metrics = trainer.metrics(predictions)["dcnv2"]
+    assert metrics.logloss == pytest.approx(log_loss(labels, probabilities, sample_weight=weights), rel=1e-9)
+    assert metrics.auc == pytest.approx(roc_auc_score(labels, probabilities, sample_weight=weights), abs=1e-9)
 
 
 def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> None:
