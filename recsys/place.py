@@ -36,6 +36,7 @@ def is_local(path: Path) -> bool:
 def whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which takes its name when the block succeeds and is removed when not."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)  # of a killed process that had the same number
     try:
         yield partial
         partial.rename(path)

@@ -176,17 +176,19 @@ def _problem(raw: RawFormat, line: bytes) -> str | None:
         return f"column {raw.columns[-1].name}: the line ends in CR LF; only LF is read (`dos2unix` mends it)"
     if line.startswith(_BOM):
         return f"column {raw.columns[0].name}: {_shown(fields[0])} begins with a byte order mark"
-    for column, field in zip(raw.columns, fields, strict=True):
-        if b"\0" in field or (b"\r" in field and not raw.is_numeric):
-            return f"column {column.name}: {_shown(field)} holds a NUL byte or a carriage return"
-        if column.kind == "unused" or not (field or column.kind in _REQUIRED):
-            is_right = not field.translate(None, _DIGITS) if raw.is_numeric else _fits("text", field)
-            expected = "made of digits" if raw.is_numeric else _EXPECTED["text"]
-        else:
-            is_right, expected = _fits(column.kind, field), _EXPECTED[column.kind]
-        if not is_right:
-            return f"column {column.name}: {_shown(field)} is not {expected}"
-    return None
+    problems = (_problem_of_field(raw, column, field) for column, field in zip(raw.columns, fields, strict=True))
+    return next(filter(None, problems), None)
+
+
+def _problem_of_field(raw: RawFormat, column: Column, field: bytes) -> str | None:
+    if b"\0" in field or (b"\r" in field and not raw.is_numeric):
+        return f"column {column.name}: {_shown(field)} holds a NUL byte or a carriage return"
+    if column.kind == "unused" or not (field or column.kind in _REQUIRED):
+        is_right = not field.translate(None, _DIGITS) if raw.is_numeric else _fits("text", field)
+        expected = "made of digits" if raw.is_numeric else _EXPECTED["text"]
+    else:
+        is_right, expected = _fits(column.kind, field), _EXPECTED[column.kind]
+    return None if is_right else f"column {column.name}: {_shown(field)} is not {expected}"
 
 
 def _shown(field: bytes) -> str:

@@ -53,7 +53,8 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         InputError: `out` exists or cannot be made, a file cannot be read or changes, more rows are malformed than
             `max_malformed`, the disk is full, or the folder holds an unfinished preparation with other settings.
     """
-    if config.out.exists():
+    # On an object store the manifest comes last; without it, an interrupted copy may go on.
+    if (config.out if is_local(config.out) else config.out / MANIFEST).exists():
         raise InputError(f"{config.out}: exists already; name another --out, or delete it first")
     for path in config.files:
         check_readable(path)  # a wrong name of the last file is told now, not after hours
@@ -65,6 +66,8 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 @contextmanager
 def working_in(folder: Path, config: PrepareConfig) -> Iterator[None]:
     """Make the working folder, or take up one with the same settings; nobody else may work in it meanwhile."""
+    if (folder / "work").exists() and not (folder / "data").exists():
+        _remove(folder)  # its data got their name, and then the job was killed
     try:
         for name in ("data", "work"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -84,6 +87,14 @@ def working_in(folder: Path, config: PrepareConfig) -> Iterator[None]:
             raise InputError(
                 f"{folder}: no space is left on its disk; make room and run the same command, which goes on from here"
             ) from None
+
+
+def _remove(folder: Path) -> None:
+    """Remove a working folder; under another name first, so that nobody takes up half of one."""
+    removed = folder.with_name(f"{folder.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    folder.rename(removed)
+    shutil.rmtree(removed)
 
 
 def _check_same_settings(folder: Path, config: PrepareConfig) -> None:
@@ -292,19 +303,32 @@ class Preparation:
         assert not problems, f"{self.folder}: {problems[0]}"
 
     def _finish(self) -> None:
-        """Give the folder its name; copy it first where that is on an object store, the manifest last."""
-        if is_local(self.config.out) and self.config.work is None:
-            for path in self.data.rglob(".*.partial"):  # of jobs that were killed and done again
-                path.unlink()
-            self.data.rename(self.config.out)
-            shutil.rmtree(self.folder)
-            return
-        files = json.loads((self.data / MANIFEST).read_text())["files"]
+        """Give the data their name, copied first where that is on another disk or an object store."""
+        out = self.config.out
+        for path in self.data.rglob(".*.partial"):  # of jobs that were killed and done again
+            path.unlink()
+        if is_local(out) and self.config.work is None:
+            self.data.rename(out)
+        elif is_local(out):
+            copied = out.with_name(f".{out.name}.copied")
+            self._copy(copied)
+            copied.rename(out)
+        else:
+            self._copy(out)
+        _remove(self.folder)
+
+    def _copy(self, out: Path) -> None:
+        """Copy the data, the manifest last; what an interrupted copy brought over is not copied again."""
+        files = self.manifest["files"]
         with self._stage("copy", total=sum(facts["bytes"] for facts in files.values()) / 1e6, unit="MB") as advance:
             for name in (*files, TIMINGS, MANIFEST):
-                _copy(self.data / name, self.config.out / name)
-                advance(files[name]["bytes"] / 1e6 if name in files else 0, name)
-        shutil.rmtree(self.folder)
+                source, target = self.data / name, out / name
+                size = source.stat().st_size
+                if not target.exists() or target.stat().st_size != size or name in (TIMINGS, MANIFEST):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with source.open("rb") as read, target.open("wb") as written:
+                        shutil.copyfileobj(read, written, 1 << 20)
+                advance(size / 1e6, name)
 
     # ---- what stages share
 
@@ -355,12 +379,3 @@ class Preparation:
         wall, cpu = time.perf_counter(), time.process_time()
         yield
         self.timings[name] = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file unless it is there already with the same size."""
-    if target.exists() and target.stat().st_size == source.stat().st_size:
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb") as read, target.open("wb") as written:
-        shutil.copyfileobj(read, written, 1 << 20)
