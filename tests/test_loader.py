@@ -130,7 +130,9 @@ def test_any_number_of_slots_works(folder: Path, slots: int) -> None:
 
 
 @pytest.mark.parametrize("slots", [1, 4, 7, 16, 48])
-def test_a_rank_decodes_each_group_once_an_epoch(folder: Path, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_groups_are_decoded_once_an_epoch_and_many_at_most_once_more_a_slot(
+    folder: Path, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decoded: list[tuple[str, int]] = []
     decode = Layout.decode
 
@@ -140,7 +142,9 @@ def test_a_rank_decodes_each_group_once_an_epoch(folder: Path, slots: int, monke
 
     monkeypatch.setattr(Layout, "decode", noted)
     assert len(list(loader(folder, tail="pad", config=LoaderConfig(slots=slots)).epoch(0))) == STEPS + 1
-    assert len(decoded) == len(set(decoded)) == len(GROUP_ENDS)
+    assert len(set(decoded)) == len(GROUP_ENDS)
+    again = len(decoded) - len(GROUP_ENDS)
+    assert again == 0 if len(GROUP_ENDS) <= 2 * slots else again <= slots - 1
 
 
 @pytest.mark.parametrize("seed", range(20))

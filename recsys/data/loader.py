@@ -30,6 +30,8 @@ from recsys.data.schema import Schema
 PREFETCHED_BATCHES = 4
 # Batches are filled several at once, so that long stretches are copied; this much stays in a CPU's cache.
 FILLED_BYTES = 8 * 2**20
+# Up to so many row groups are all kept until their last use; of more, those that two slots share are decoded twice.
+KEPT_GROUPS_A_SLOT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,10 +127,10 @@ class Loader:
         at_once = max(FILLED_BYTES // (4 * width * rows), 1)
         cursors = self._cursors(epoch, first_step)
         openings = [
-            (call, index, group) for index, cursor in enumerate(cursors) for call, group in cursor.openings(at_once)
+            (call, index, use) for index, cursor in enumerate(cursors) for call, use in cursor.openings(at_once)
         ]
         # Sorting is stable: within one call of `fill`, a cursor's pieces keep their order.
-        uses = [group for _, _, group in sorted(openings, key=lambda opening: opening[:2])]
+        uses = [use for _, _, use in sorted(openings, key=lambda opening: opening[:2])]
         memory = self._memory.pop() if self._memory else self._new_memory()
         with ReadAhead(partial(self._decode, epoch), uses, self.workers, memory) as groups:
             for step in range(first_step, self.steps_per_epoch, at_once):
@@ -161,18 +163,19 @@ class Loader:
         if self.shuffle:
             np.random.default_rng([self.seed, epoch]).shuffle(order)
         sizes = np.array([group.num_rows for group in self.groups])
+        steps, first_row = self.steps_per_epoch, self._slots[0][0]
+        pieces = [pieces_of(order, sizes, steps * begin, steps * end) for begin, end in self._slots]
+        kept = len({piece.group for own in pieces for piece in own}) <= KEPT_GROUPS_A_SLOT * len(self._slots)
         cursors = []
-        for slot, begin, end in self._slots:
-            pieces = pieces_of(order, sizes, self.steps_per_epoch * begin, self.steps_per_epoch * end)
-            if self.shuffle and slot % 2:
-                pieces.reverse()
-            rows = range(begin - self._slots[0][1], end - self._slots[0][1])
-            cursors.append(Cursor(self._layout, pieces, rows, first_step * len(rows)))
+        for number, (begin, end) in enumerate(self._slots):
+            rows = range(begin - first_row, end - first_row)
+            copy = 0 if kept else number
+            cursors.append(Cursor(self._layout, pieces[number], rows, first_step * len(rows), copy))
         return cursors
 
     def _new_memory(self) -> np.ndarray:
         """Memory for all blocks of an epoch at once: in one piece, the system gives it in huge pages."""
-        num_blocks = min(len(self._slots) + ReadAhead.AHEAD * self.workers, len(self.groups))
+        num_blocks = KEPT_GROUPS_A_SLOT * len(self._slots) + ReadAhead.AHEAD * self.workers
         largest = max(group.num_rows for group in self.groups)
         return np.empty((num_blocks, self._layout.width * largest), dtype=np.int32)
 
@@ -185,11 +188,11 @@ class Loader:
         return self._layout.decode(source, order, memory)
 
 
-def _slots(num_slots: int, batch_size: int, rank: int, world_size: int) -> list[tuple[int, int, int]]:
-    """List a rank's slots as (number, begin, end): each takes rows [begin, end) of every global batch.
+def _slots(num_slots: int, batch_size: int, rank: int, world_size: int) -> list[tuple[int, int]]:
+    """List a rank's slots as (begin, end): each takes rows [begin, end) of every global batch.
 
     Slot k of S has rows [k B / S, (k+1) B / S): whole numbers, also where S does not divide B. Slots that get no row
-    are left out and not counted.
+    are left out.
     """
     if num_slots % world_size:
         raise InputError(
@@ -197,9 +200,8 @@ def _slots(num_slots: int, batch_size: int, rank: int, world_size: int) -> list[
             f"use --loader.slots {-(-num_slots // world_size) * world_size} from the first step of a run on"
         )
     shares = [(k * batch_size // num_slots, (k + 1) * batch_size // num_slots) for k in range(num_slots)]
-    slots = enumerate((begin, end) for begin, end in shares if end > begin)
     first, last = (r * batch_size // world_size for r in (rank, rank + 1))
-    return [(number, begin, end) for number, (begin, end) in slots if first <= begin < last]
+    return [(begin, end) for begin, end in shares if end > begin and first <= begin < last]
 
 
 def prefetch(batches: Iterator[Batch], depth: int = PREFETCHED_BATCHES) -> Iterator[Batch]:
