@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -48,7 +49,10 @@ def write_whole(path: Path, text: str) -> None:
         path.write_text(text)
         return
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # else the name may outlive a power cut without its text
     partial.replace(path)
 
 

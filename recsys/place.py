@@ -39,6 +39,8 @@ def whole(path: Path) -> Iterator[Path]:
     partial.unlink(missing_ok=True)  # of a killed process that had the same number
     try:
         yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())  # else a name may outlive a power cut without what it names
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -2,6 +2,8 @@
 
 import gzip
 import random
+import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -181,12 +183,32 @@ def rejection(
     fmt: str = "criteo_kaggle",
     options: Sequence[str] = (),
 ) -> str:
-    """Prepare what must be refused: 2, one line on stderr, which is returned, and nothing under the final name."""
+    """Prepare what must be refused: 2, one line on stderr (beside stages that were done), nothing under the final name.
+
+    Returns that line.
+    """
     capsys.readouterr()
     status = command(out, *paths, fmt=fmt, options=options)
     stdout, stderr = capsys.readouterr()
     assert (status, stdout) == (2, ""), stderr
-    assert stderr.startswith("recsys: ")
-    assert stderr.count("\n") == 1
+    *done, told, end = stderr.split("\n")
+    assert end == ""
+    assert told.startswith("recsys: ")
+    assert all(re.match("(ingest|vocabulary|encode): .* done in ", each) for each in done), done
     assert not out.exists()
-    return stderr.removeprefix("recsys: ").removesuffix("\n")
+    return told.removeprefix("recsys: ")
+
+
+def assert_goes_on(out: Path, *paths: Path, options: Sequence[str] = ()) -> None:
+    """The same command finishes now, with the bytes of a run that nothing disturbed."""
+    assert command(out, *paths, options=options) == 0
+    assert not partial(out).exists()
+    found = all_files(out)
+    shutil.rmtree(out)
+    assert command(out, *paths, options=options) == 0
+    assert found == all_files(out)
+    assert not list(out.rglob("*.partial"))
+
+
+def interrupt(*_: Any) -> Any:
+    raise KeyboardInterrupt

@@ -10,7 +10,8 @@ import pytest
 
 from recsys.config import InputError
 from recsys.data import multihot
-from recsys.data.multihot import DISTRIBUTIONS, MLPERF_NUM_IDS, MLPERF_SIZES, MultiHot
+from recsys.data.formats import MLPERF_NUM_IDS
+from recsys.data.multihot import DISTRIBUTIONS, MLPERF_SIZES, MultiHot
 from recsys.data.schema import Schema
 
 WORD = 2**64

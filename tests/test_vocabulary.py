@@ -16,7 +16,7 @@ import pytest
 
 from recsys.config import InputError
 from recsys.data import vocabulary as vocabularies
-from recsys.data.ingest import PartOfLog
+from recsys.data.ingest import SPLIT, PartOfLog
 from recsys.data.vocabulary import VocabularyJob, hash_ids, make_vocabulary
 
 PLENTY, LITTLE = 1 << 30, 0
@@ -42,7 +42,7 @@ def write_parts(
         column = pa.array(values, kind).dictionary_encode(null_encoding="encode")
         columns = {"C": column}
         if isinstance(split, list):
-            columns["split"] = pa.array(split, pa.uint8())
+            columns[SPLIT] = pa.array(split, pa.uint8())
         batch = pa.RecordBatch.from_pydict(columns)
         path = folder / f"{i}.arrow"
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
@@ -56,7 +56,13 @@ def write_parts(
 def make(folder: Path, parts: tuple[PartOfLog, ...], **settings: Any) -> tuple[bytes, bytes, int]:
     """Bytes of the vocabulary and of the remap, and the number of ids."""
     folder.mkdir()
-    given: dict[str, Any] = {"threshold": 1, "max_ids": None, "hashed": False, "memory": PLENTY} | settings
+    given: dict[str, Any] = {
+        "threshold": 1,
+        "max_ids": None,
+        "hashed": False,
+        "memory": PLENTY,
+        "weight": None,
+    } | settings
     ticks: list[int] = []
     job = VocabularyJob(feature="C", parts=parts, folder=folder, out=folder, **given)
     facts = make_vocabulary(job, ticks.append)
@@ -200,6 +206,16 @@ def test_a_cap_keeps_the_most_frequent(tmp_path: Path) -> None:
     entries, ids = ids_of(tmp_path, [1, 2, 2, 3, 3, 3], [0] * 6, max_ids=3)
     assert entries == [(3, 1, 3), (2, 2, 2)]
     assert ids == [0, 2, 2, 1, 1, 1]
+
+
+def test_a_row_counts_by_its_weight(tmp_path: Path) -> None:
+    columns = {"C": pa.array([1, 2, 2, 3], pa.uint32()).dictionary_encode(null_encoding="encode")}
+    batch = pa.RecordBatch.from_pydict(columns | {"weight": pa.array([5, 1, 2, 100], pa.float32())})
+    with pa.OSFile(str(tmp_path / "0.arrow"), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
+        writer.write_batch(batch)
+    part = PartOfLog(path=tmp_path / "0.arrow", num_rows=4, bounds=(3, 4), num_values={"C": 3})
+    make(tmp_path / "made", (part,), threshold=3, weight="weight")
+    assert pl.read_parquet(tmp_path / "made/C.parquet").rows() == [(1, 1, 5), (2, 2, 3)]
 
 
 def test_a_column_of_one_value(tmp_path: Path) -> None:

@@ -17,6 +17,10 @@ Kernel = Callable[[Job, Advance], dict[str, Any]]
 WORKER_ENVIRONMENT = {"POLARS_MAX_THREADS": "1"}
 
 
+class _StoppedError(Exception):
+    """Another job failed."""
+
+
 def run(
     engine: str, kernel: Kernel, jobs: Sequence[Job], advance: Advance, *, workers: int, cpus: int = 1, memory: int = 0
 ) -> list[dict[str, Any]]:
@@ -36,9 +40,11 @@ def run(
     """
     if engine == "ray":
         return _run_on_ray(kernel, jobs, advance, cpus, memory)
-    lock = threading.Lock()
+    lock, stopped = threading.Lock(), threading.Event()
 
     def locked(*amounts: float) -> None:
+        if stopped.is_set():
+            raise _StoppedError
         with lock:
             advance(*amounts)
 
@@ -47,11 +53,12 @@ def run(
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
+            stopped.set()  # jobs that run learn of it when they next tell how far they are
             for future in futures:
                 future.cancel()
-        for future in futures:
-            if not future.cancelled() and (error := future.exception()):
-                raise error
+    errors = [error for future in futures if not future.cancelled() and (error := future.exception())]
+    for error in sorted(errors, key=lambda error: isinstance(error, _StoppedError)):
+        raise error
     return [future.result() for future in futures]
 
 
@@ -74,13 +81,17 @@ def _run_on_ray(kernel: Kernel, jobs: Sequence[Job], advance: Advance, cpus: int
     items = [{"index": i, "job": cloudpickle.dumps(job)} for i, job in enumerate(jobs)]
     data = ray.data.from_items(items, override_num_blocks=len(items))
     done = data.map(_on_worker, fn_args=(cloudpickle.dumps(kernel),), num_cpus=cpus, memory=memory or None)
-    for row in done.iter_rows():
-        found = pickle.loads(row["result"])
-        if isinstance(found, Exception):
-            raise found
-        results[int(row["index"])], advanced = found
-        for amounts in advanced:
-            advance(*amounts)
+    try:
+        for row in done.iter_rows():
+            found = pickle.loads(row["result"])
+            if isinstance(found, Exception):
+                raise found
+            results[int(row["index"])], advanced = found
+            for amounts in advanced:
+                advance(*amounts)
+    except ray.exceptions.RayError as error:
+        told = next(filter(None, str(error).splitlines()), type(error).__name__)
+        raise InputError(f"Ray gave a job up ({told.strip()}); the same command goes on from here") from None
     return results
 
 

@@ -17,6 +17,7 @@ from recsys.data.settings import PrepareConfig
 
 SAMPLE_BYTES = 48 << 20
 """Of the first file, as it lies on disk; some 400,000 rows of a packed Criteo log."""
+MAX_SAMPLE_TEXT = 256 << 20
 SAMPLE_PARQUET_ROWS = 100_000
 
 
@@ -67,7 +68,9 @@ def estimate(config: PrepareConfig) -> Estimate:
     with TemporaryDirectory(prefix="recsys-sample-") as folder:
         sample = Path(folder) / "sample"
         share = _write_sample(raw, config.files[0], sample) / raw_bytes
-        own = replace(config, paths=(sample,), out=Path(folder) / "out", work=None, engine="local", dry_run=False)
+        own = replace(
+            config, paths=(sample,), out=Path(folder) / "out", work=None, engine="local", split="random", dry_run=False
+        )
         wall, cpu = time.perf_counter(), time.process_time()
         with working_in(Path(folder) / "work", own):
             preparation = Preparation(own, Path(folder) / "work", show_progress=False)
@@ -105,12 +108,17 @@ def _write_sample(raw: RawFormat, path: Path, sample: Path) -> float:
     if packed.startswith(GZIP_MAGIC):
         from isal import isal_zlib  # noqa: PLC0415  (plain text does not need it)
 
-        unpacker = isal_zlib.decompressobj(31)
+        text, left = b"", packed
         try:
-            text = unpacker.decompress(packed)
+            while left and len(text) < MAX_SAMPLE_TEXT:
+                unpacker = isal_zlib.decompressobj(31)
+                text += unpacker.decompress(left, MAX_SAMPLE_TEXT - len(text))
+                left = unpacker.unused_data or unpacker.unconsumed_tail
+                if unpacker.unconsumed_tail:
+                    break
         except isal_zlib.error as error:  # type: ignore[misc]  # its stub gives an instance
             raise InputError(f"{path}: the gzip stream is corrupt ({error})") from None
-        taken -= len(unpacker.unused_data)
+        taken -= len(left)
     end = text.rfind(b"\n") + 1 or len(text)
     if not count(text[:end], "\n") > raw.header:
         raise InputError(f"{path}: no whole row in its first {len(packed):,} bytes")

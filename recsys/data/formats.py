@@ -13,8 +13,11 @@ from recsys.config import InputError, load_file, nearest
 Kind = Literal[
     "label", "clicks", "impressions", "integer", "float", "hex32", "int64", "uint64", "text", "hour", "unused"
 ]
+HOUR_FEATURES = ("hour", "weekday", "is_weekend")
 CATEGORY_KINDS = ("hex32", "int64", "uint64", "text")
 NUMERIC_KINDS = ("label", "clicks", "impressions", "integer", *CATEGORY_KINDS[:3], "hour")
+
+HOUR_FEATURES = ("hour", "weekday", "is_weekend")
 
 DTYPES: dict[str, type[pl.DataType]] = {
     "label": pl.UInt8,
@@ -44,6 +47,13 @@ class Column:
     max_ids: int | None = None
     """Cap of a category's ids, id 0 included."""
 
+    @property
+    def derived(self) -> tuple[str, ...]:
+        """Features with other names than the column's that are made of it."""
+        if self.kind == "hour":
+            return tuple(name for name in HOUR_FEATURES if name != self.name)
+        return ("weight",) if self.kind == "impressions" else ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class RawFormat:
@@ -69,20 +79,28 @@ class RawFormat:
     """Rule of the split: random, time, file or hash:COLUMN."""
 
     def __post_init__(self) -> None:
-        names = [column.name for column in self.columns]
+        names = [column.name for column in self.columns] + [name for c in self.columns for name in c.derived]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"column {name!r} stands twice")
+                raise ValueError(
+                    f"column {name!r} stands twice (hour gives {', '.join(HOUR_FEATURES)}, impressions weight)"
+                )
+            if name.startswith(".") or "/" in name or not name:
+                raise ValueError(f"column {name!r}: a name must not be empty, begin with a dot or hold a slash")
         has_label, has_clicks, has_impressions = (bool(self.named(k)) for k in ("label", "clicks", "impressions"))
         if len(self.named("label")) + len(self.named("clicks")) != 1:
             raise ValueError("exactly one column must be of kind label (or clicks, with impressions)")
         if (has_label and has_impressions) or has_clicks != has_impressions:
             raise ValueError("columns of kind clicks and impressions go together")
-        if len(self.separator) != 1 or len(self.quote) > 1:
-            raise ValueError("separator must be one character, quote one or none")
-        if not self.named(*CATEGORY_KINDS, "hour"):
-            raise ValueError("no column is a category (hex32, int64, uint64, text or hour)")
+        is_ascii = self.separator.isascii() and self.quote.isascii()
+        if len(self.separator) != 1 or len(self.quote) > 1 or not is_ascii or self.separator in "\n\r" + self.quote:
+            raise ValueError("separator must be one ASCII character, quote another one or none")
         integer_rule(self.integers)
+        if not self.named(*CATEGORY_KINDS, "hour", *(["integer"] if self.integers in BUCKET_RULES else [])):
+            raise ValueError("no column is a category (hex32, int64, uint64, text or hour)")
+        for column in self.columns:
+            if column.max_ids is not None and column.kind not in CATEGORY_KINDS:
+                raise ValueError(f"column {column.name!r} has max_ids, but its kind {column.kind} is no category")
 
     def named(self, *kinds: str) -> tuple[str, ...]:
         """Names of the columns of these kinds, in file order."""

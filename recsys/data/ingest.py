@@ -24,11 +24,19 @@ from recsys.data.formats import BUCKET_RULES, CATEGORY_KINDS, DENSE_RULES, RawFo
 from recsys.data.parse import Malformed, malformed_rows, parse, typed_table
 from recsys.data.raw import Chunk, cut, read_chunks
 from recsys.data.split import split_by_key, split_of
+from recsys.place import whole
 
 T = TypeVar("T")
 
+SPLIT = ".split"
+"""A part's column of split indices; no feature's name begins with a dot."""
+
 PART_ROWS = 2**19
+PART_BYTES = 192 << 20
+"""Of a part's text, and of its columns at 8 bytes a value: long or wide rows make parts of fewer."""
 MAX_EXAMPLES = 10
+MAX_EXPANSION = 20
+"""Rows that a raw row may become on average over a chunk (KDD Cup 2012 has 1.6)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +91,11 @@ class IngestJob:
     """Where parts go."""
     threads: int
 
+    @property
+    def part_rows(self) -> int:
+        """Raw rows of a part."""
+        return max(min(PART_ROWS, PART_BYTES // (8 * len(self.rules.raw.columns))), 1)
+
 
 @dataclass
 class PartFacts:
@@ -111,7 +124,7 @@ class PartOfLog:
     def split(self, batch: pa.RecordBatch) -> np.ndarray:
         """Index in `SPLITS` of each row, uint8 [num_rows]."""
         if self.bounds is None:
-            return batch.column("split").to_numpy()
+            return batch.column(SPLIT).to_numpy()
         split = np.zeros(self.num_rows, dtype=np.uint8)
         for bound in self.bounds:
             split[bound:] += 1
@@ -158,6 +171,7 @@ def ingest(job: IngestJob, advance: Callable[[int, int], None]) -> dict[str, Any
         for rows, end in _parsed(job, pool):
             path = part_path(job.folder, job.file, len(parts))
             facts = _write_part(job, path, rows, first_row, pool) if rows else read_facts(path)
+            assert facts, f"{path}: gone since it was looked at"
             first_row += facts.num_raw_rows
             parts.append(facts)
             advance(end - offset, facts.num_rows)
@@ -184,9 +198,9 @@ def _parsed(job: IngestJob, pool: ThreadPoolExecutor) -> Iterator[tuple[list[Row
 
     def submitted() -> Iterator[tuple[int, Future[Rows] | None, int]]:
         part, row, begins, stands = 0, 1, True, False
-        for chunk, ends in cut(read_chunks(job.rules.raw, job.path), PART_ROWS):
+        for chunk, ends in cut(read_chunks(job.rules.raw, job.path), job.part_rows, PART_BYTES):
             if begins:
-                stands = part_path(job.folder, job.file, part).exists()
+                stands = read_facts(part_path(job.folder, job.file, part)) is not None
             yield part, None if stands else pool.submit(_rows, job, chunk, row), chunk.offset
             row, part, begins = row + chunk.num_rows, part + ends, ends
 
@@ -213,7 +227,8 @@ def _rows(job: IngestJob, chunk: Chunk, first_row: int) -> Rows:
     raw, content = job.rules.raw, chunk.content
     malformed: list[Malformed] = []
     if isinstance(content, pa.Table):
-        typed: pl.DataFrame | None = typed_table(raw, job.path, content, first_row)
+        typed: pl.DataFrame | None
+        typed, malformed = typed_table(raw, job.path, content, first_row)
     else:
         typed = parse(raw, content)
         if typed is None:
@@ -225,11 +240,11 @@ def _rows(job: IngestJob, chunk: Chunk, first_row: int) -> Rows:
         return Rows(pl.DataFrame(), None, facts)
     facts.nulls.update(dict(zip(typed.columns, typed.null_count().row(0), strict=True)))
     facts.num_raw_rows = typed.height
-    typed, raw_rows = _expand(job.rules, typed)
+    typed, raw_rows = _expand(job.rules, typed, job.path)
     return Rows(_features(job.rules, typed), raw_rows, facts)
 
 
-def _expand(rules: Rules, typed: pl.DataFrame) -> tuple[pl.DataFrame, np.ndarray | None]:
+def _expand(rules: Rules, typed: pl.DataFrame, path: Path) -> tuple[pl.DataFrame, np.ndarray | None]:
     """Turn clicks and impressions into labels: one row, or as many rows (or as much weight) as impressions."""
     if not rules.raw.named("impressions"):
         return typed, None
@@ -239,6 +254,11 @@ def _expand(rules: Rules, typed: pl.DataFrame) -> tuple[pl.DataFrame, np.ndarray
     clicks, impressions = (typed[name].cast(pl.Int64).to_numpy() for name in (clicks_name, impressions_name))
     times = np.stack([clicks, np.maximum(impressions - clicks, 0)], axis=1).reshape(-1)
     counts = times if rules.impressions == "expand" else np.minimum(times, 1)
+    if counts.sum() > MAX_EXPANSION * typed.height + PART_ROWS:
+        raise InputError(
+            f"{path}: its impressions expand {typed.height:,} rows to {counts.sum():,}; --impressions weight keeps "
+            f"them in two rows each"
+        )
     at = np.repeat(np.arange(len(times)), counts)
     rows = typed[at // 2].with_columns(pl.Series(clicks_name, (at % 2 == 0).astype(np.uint8)))
     if rules.weight:
@@ -259,7 +279,7 @@ def _features(rules: Rules, typed: pl.DataFrame) -> pl.DataFrame:
     keys = typed.select(**rules.keys)
     if rules.split.startswith("hash:"):
         hashed = typed[rules.split.partition(":")[2]]
-        columns.append(split_by_key(hashed, rules.seed).alias("split"))
+        columns.append(split_by_key(hashed, rules.seed).alias(SPLIT))
     return pl.DataFrame([*columns, *keys])
 
 
@@ -285,7 +305,7 @@ def _write_part(job: IngestJob, path: Path, chunks: list[Rows], first_row: int, 
         for name in frames[0].columns:
             columns[name] = pa.chunked_array([frame[name].to_arrow() for frame in frames])
         if splits:
-            columns["split"] = pa.chunked_array([split.to_arrow() for split in splits if len(split)])
+            columns[SPLIT] = pa.chunked_array([split.to_arrow() for split in splits if len(split)])
         frames.clear()
         for name, codes in zip(keys, pool.map(_dictionary, (columns[name] for name in keys)), strict=True):
             columns[name] = codes
@@ -310,10 +330,8 @@ def _save_part(path: Path, columns: Mapping[str, pa.Array | pa.ChunkedArray], fa
     arrays = [c.combine_chunks() if isinstance(c, pa.ChunkedArray) else c for c in columns.values()]
     batch = pa.RecordBatch.from_arrays(arrays, names=list(columns))
     batch = batch.replace_schema_metadata({"facts": json.dumps(vars(facts))})
-    partial = path.with_name(f".{path.name}.partial")
-    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
+    with whole(path) as partial, pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
         writer.write_batch(batch)
-    partial.rename(path)
 
 
 def read_part(path: Path, names: list[str] | None = None) -> pa.RecordBatch:
@@ -326,10 +344,13 @@ def read_part(path: Path, names: list[str] | None = None) -> pa.RecordBatch:
     return pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=wanted)).get_batch(0)
 
 
-def read_facts(path: Path) -> PartFacts:
-    """What is known of a part."""
-    with pa.memory_map(str(path)) as source:
-        metadata = pa.ipc.open_file(source).schema.metadata
+def read_facts(path: Path) -> PartFacts | None:
+    """What is known of a part; None if there is no whole one."""
+    try:
+        with pa.memory_map(str(path)) as source:
+            metadata = pa.ipc.open_file(source).schema.metadata
+    except (OSError, pa.ArrowInvalid):
+        return None
     values = json.loads(metadata[b"facts"])
     return PartFacts(**(values | {"nulls": Counter(values["nulls"])}))
 

@@ -17,12 +17,6 @@ from recsys.data.schema import Schema
 
 # Criteo 1TB as MLPerf's DLRM-DCNv2 trains on it: 26 features, 214 ids a row, 204,184,588 ids in all.
 MLPERF_SIZES = (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1)
-# fmt: off
-MLPERF_NUM_IDS = (
-    40_000_000, 39_060, 17_295, 7_424, 20_265, 3, 7_122, 1_543, 63, 40_000_000, 3_067_956, 405_282, 10,
-    2_209, 11_938, 155, 4, 976, 14, 40_000_000, 40_000_000, 40_000_000, 590_152, 12_973, 108, 36,
-)
-# fmt: on
 
 # Tables up to this size are held in memory; the rows of larger ones are drawn whenever their id occurs.
 TABLE_BYTES = 64 * 2**20

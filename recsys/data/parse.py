@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from recsys.config import InputError
 from recsys.data.formats import DTYPES, Column, Kind, RawFormat
-from recsys.data.raw import count
+from recsys.data.raw import count, fields_of
 
 _DIGITS = b"0123456789abcdefABCDEF-\n"
 _BOM = b"\xef\xbb\xbf"  # polars drops it from the first field of a chunk
@@ -108,7 +108,7 @@ def _typed(column: Column, values: pl.Series, is_trusted: bool) -> pl.Series:
     num_missing = 0 if kind in _REQUIRED else values.null_count()
     if (
         typed.null_count() != num_missing
-        or (kind == "float" and not typed.is_finite().all())
+        or (kind == "float" and not typed.cast(pl.Float32).is_finite().all())
         or (kind == "hour" and not all(_is_hour(text.encode()) for text in values.drop_nulls().unique()))
     ):
         raise _MalformedError
@@ -165,7 +165,7 @@ def malformed_rows(raw: RawFormat, path: Path, lines: bytes, first_row: int) -> 
 
 
 def _problem(raw: RawFormat, line: bytes) -> str | None:
-    fields = _fields(raw, line.removesuffix(b"\r"))
+    fields = fields_of(raw, line.removesuffix(b"\r"))
     if fields is None:
         return f"a quote {raw.quote} is not closed within the line, or does not enclose a whole field"
     if len(fields) != len(raw.columns):
@@ -195,22 +195,6 @@ def _shown(field: bytes) -> str:
     return repr(field.decode(errors="backslashreplace"))
 
 
-def _fields(raw: RawFormat, line: bytes) -> list[bytes] | None:
-    separator, quote = raw.separator.encode(), raw.quote.encode()
-    if not quote or quote not in line:
-        return line.split(separator)
-    q, s = re.escape(quote), re.escape(separator)
-    field = re.compile(rb"(?:%b((?:[^%b]|%b%b)*)%b|([^%b%b]*))(%b|\Z)" % (q, q, q, q, q, q, s, s))
-    fields, at, ends = [], 0, separator
-    while ends:
-        if (found := field.match(line, at)) is None:
-            return None
-        quoted, plain, ends = found.groups()
-        fields.append(plain if quoted is None else quoted.replace(quote * 2, quote))
-        at = found.end()
-    return fields
-
-
 _REQUIRED = ("label", "clicks", "impressions")
 _PATTERNS = {
     "label": "[01]",
@@ -229,7 +213,7 @@ _EXPECTED = {
     "clicks": "a count below 2^32",
     "impressions": "a count below 2^32",
     "integer": "a 64-bit integer",
-    "float": "a finite decimal number",
+    "float": "a finite decimal number of float32",
     "hex32": "a 32-bit hexadecimal category (1 to 8 digits)",
     "int64": "a 64-bit integer",
     "uint64": "an unsigned 64-bit integer",
@@ -255,7 +239,8 @@ def _fits(kind: str, field: bytes) -> bool:
     if kind in _RANGES:
         return int(text) in _RANGES[kind]
     if kind == "float":
-        return np.isfinite(float(text)).item()
+        with np.errstate(over="ignore"):
+            return bool(np.isfinite(np.float32(float(text))))
     return kind != "hour" or _is_hour(field)
 
 
@@ -268,13 +253,14 @@ def _is_hour(field: bytes) -> bool:
     return hour < 24
 
 
-def typed_table(raw: RawFormat, path: Path, table: pa.Table, first_row: int) -> pl.DataFrame:
-    """Turn a Parquet file's columns into the format's types.
+def typed_table(raw: RawFormat, path: Path, table: pa.Table, first_row: int) -> tuple[pl.DataFrame, list[Malformed]]:
+    """Turn a Parquet file's columns into the format's types, and leave out the rows that do not fit.
 
     Raises:
-        InputError: a value does not fit, naming its row.
+        InputError: a column's type does not hold what the format says.
     """
-    typed = {}
+    typed: list[pl.Series] = []
+    problems: dict[int, str] = {}
     for column in raw.columns:
         if column.kind == "unused":
             continue
@@ -284,11 +270,12 @@ def typed_table(raw: RawFormat, path: Path, table: pa.Table, first_row: int) -> 
         except pl.exceptions.PolarsError:
             problem = f"column {column.name}: {values.dtype} does not hold what is {_EXPECTED[column.kind]}"
             raise InputError(f"{path}: {problem}") from None
-        if (at := is_wrong.fill_null(False).arg_max()) is not None and is_wrong[at]:
-            problem = f"column {column.name}: {values[at]!r} is not {_EXPECTED[column.kind]}"
-            raise InputError(str(Malformed(path, first_row + at, problem)))
-        typed[column.name] = found
-    return pl.DataFrame(typed)
+        for row in is_wrong.fill_null(False).arg_true():
+            problems.setdefault(row, f"column {column.name}: {values[row]!r} is not {_EXPECTED[column.kind]}")
+        typed.append(found)
+    malformed = [Malformed(path, first_row + row, problems[row]) for row in sorted(problems)]
+    frame = pl.DataFrame(typed)
+    return frame.filter(~pl.int_range(pl.len()).is_in(list(problems))) if problems else frame, malformed
 
 
 def _from_table(kind: Kind, values: pl.Series) -> tuple[pl.Series, pl.Series]:
@@ -308,7 +295,7 @@ def _from_table(kind: Kind, values: pl.Series) -> tuple[pl.Series, pl.Series]:
     if kind == "label":
         is_wrong |= found > 1
     elif kind == "float":
-        is_wrong |= ~found.is_finite()
+        is_wrong |= ~found.cast(pl.Float32).is_finite()
     elif kind == "hour":
         right = [hour for hour in found.drop_nulls().unique() if hour < 10**8 and _is_hour(b"%08d" % hour)]
         is_wrong |= ~found.is_in(right)

@@ -54,11 +54,12 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
             `max_malformed`, the disk is full, or the folder holds an unfinished preparation with other settings.
     """
     # On an object store the manifest comes last; without it, an interrupted copy may go on.
+    folder = (config.work or config.out.parent) / f".{config.out.name}.partial"
     if (config.out if is_local(config.out) else config.out / MANIFEST).exists():
+        _remove_if_done(folder)
         raise InputError(f"{config.out}: exists already; name another --out, or delete it first")
     for path in config.files:
         check_readable(path)  # a wrong name of the last file is told now, not after hours
-    folder = (config.work or config.out.parent) / f".{config.out.name}.partial"
     with working_in(folder, config):
         return Preparation(config, folder).run()
 
@@ -66,8 +67,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 @contextmanager
 def working_in(folder: Path, config: PrepareConfig) -> Iterator[None]:
     """Make the working folder, or take up one with the same settings; nobody else may work in it meanwhile."""
-    if (folder / "work").exists() and not (folder / "data").exists():
-        _remove(folder)  # its data got their name, and then the job was killed
+    _remove_if_done(folder)
     try:
         for name in ("data", "work"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -87,6 +87,12 @@ def working_in(folder: Path, config: PrepareConfig) -> Iterator[None]:
             raise InputError(
                 f"{folder}: no space is left on its disk; make room and run the same command, which goes on from here"
             ) from None
+
+
+def _remove_if_done(folder: Path) -> None:
+    """Remove a working folder whose data got their name before the job was killed."""
+    if (folder / "work").exists() and not (folder / "data").exists():
+        _remove(folder)
 
 
 def _remove(folder: Path) -> None:
@@ -116,13 +122,13 @@ class Preparation:
 
     def __init__(self, config: PrepareConfig, folder: Path, *, show_progress: bool = True) -> None:
         self.show_progress = show_progress
-        self.config, self.folder = config, folder
-        self.work, self.data = folder / "work", folder / "data"
+        self.config, self.folder = config, folder.absolute()  # Ray's workers run elsewhere
+        self.work, self.data = self.folder / "work", self.folder / "data"
         self.raw = config.raw
         self.rules = config.rules(self.raw)
         self.cores = len(os.sched_getaffinity(0))
         self.ingest_threads = min(self.cores, INGEST_THREADS)
-        self.timings: dict[str, dict[str, float]] = {}
+        self.timings: dict[str, dict[str, float]] = self._facts(self.work / TIMINGS) or {}  # earlier attempts count
 
     def run(self) -> dict[str, Any]:
         """Run what is not done yet, and give the folder its name."""
@@ -143,7 +149,7 @@ class Preparation:
         """Parse every raw file into typed parts; returns the facts of the files."""
         folder = self._stage_folder("ingest")
         jobs = [
-            IngestJob(rules=self.rules, path=path, file=i, folder=folder, threads=self.ingest_threads)
+            IngestJob(rules=self.rules, path=_absolute(path), file=i, folder=folder, threads=self.ingest_threads)
             for i, path in enumerate(self.config.files)
         ]
         done = [self._facts(folder / f"{job.file:04d}.json") for job in jobs]
@@ -191,6 +197,10 @@ class Preparation:
         """Of each part the rows at which validation and test begin, if the split is an interval of the log."""
         if self.rules.splits_early:
             return [None] * len(rows)
+        if self.rules.split == "file" and len(files) == 1:
+            raise InputError(
+                f"--split file needs two raw files at least, the last one being held out; it has {len(files)}"
+            )
         days: Counter[str] = Counter()
         for path, file in zip(self.config.files, files, strict=True):
             days[str(path.parent if "=" in path.parent.name else path)] += sum(p["num_rows"] for p in file["parts"])
@@ -205,13 +215,14 @@ class Preparation:
         """Give ids to the values of every category; returns the schema that follows."""
         folder, out = self._stage_folder("vocabulary"), self.data / "vocabulary"
         out.mkdir(exist_ok=True)
-        caps = self.config.caps(self.raw)
+        caps, threshold = self.config.caps(self.raw), self.config.threshold or self.raw.threshold
         workers = self._workers(VOCABULARY_BYTES)
         jobs = [
             VocabularyJob(
                 feature=feature,
+                weight=self.rules.weight,
                 parts=tuple(parts),
-                threshold=self.config.determining["threshold"],
+                threshold=threshold,
                 max_ids=caps[feature],
                 hashed=self.config.vocabulary == "hash",
                 folder=folder,
@@ -282,7 +293,8 @@ class Preparation:
         num_raw_rows = sum(part["num_raw_rows"] for part in parts)
         nulls: Counter[str] = sum((Counter(part["nulls"]) for part in parts), Counter())
         described = {"schema.json": file_facts(self.data / "schema.json")}
-        for path in sorted((self.data / "vocabulary").glob("*.parquet")):
+        for feature in schema.sparse if self.config.vocabulary == "count" else ():
+            path = self.data / "vocabulary" / f"{feature}.parquet"
             described[f"vocabulary/{path.name}"] = {"num_rows": pq.read_metadata(path).num_rows} | file_facts(path)
         manifest = {
             "schema_hash": schema.hash,
@@ -298,6 +310,8 @@ class Preparation:
         return manifest
 
     def _verify(self) -> None:
+        for path in self.data.rglob(".*.partial"):  # of jobs that were killed and done again
+            path.unlink()
         with self._timed("verify"):
             problems = verify(self.data, decode=False, show_progress=False)
         assert not problems, f"{self.folder}: {problems[0]}"
@@ -305,8 +319,6 @@ class Preparation:
     def _finish(self) -> None:
         """Give the data their name, copied first where that is on another disk or an object store."""
         out = self.config.out
-        for path in self.data.rglob(".*.partial"):  # of jobs that were killed and done again
-            path.unlink()
         if is_local(out) and self.config.work is None:
             self.data.rename(out)
         elif is_local(out):
@@ -324,7 +336,7 @@ class Preparation:
             for name in (*files, TIMINGS, MANIFEST):
                 source, target = self.data / name, out / name
                 size = source.stat().st_size
-                if not target.exists() or target.stat().st_size != size or name in (TIMINGS, MANIFEST):
+                if name not in files or not _is_copied(target, files[name]):
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with source.open("rb") as read, target.open("wb") as written:
                         shutil.copyfileobj(read, written, 1 << 20)
@@ -339,7 +351,12 @@ class Preparation:
 
     @staticmethod
     def _facts(path: Path) -> dict[str, Any] | None:
-        return json.loads(path.read_text()) if path.exists() else None
+        """What a job left when it was done; None if it was not."""
+        try:
+            facts: dict[str, Any] = json.loads(path.read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        return facts
 
     def _workers(self, memory: int, cpus: int = 1) -> int:
         """Jobs at a time that the memory and the cores allow."""
@@ -378,4 +395,19 @@ class Preparation:
     def _timed(self, name: str) -> Iterator[None]:
         wall, cpu = time.perf_counter(), time.process_time()
         yield
-        self.timings[name] = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+        before = self.timings.get(name, {"seconds": 0.0, "cpu_seconds": 0.0})
+        self.timings[name] = {
+            "seconds": before["seconds"] + time.perf_counter() - wall,
+            "cpu_seconds": before["cpu_seconds"] + time.process_time() - cpu,
+        }
+        write_whole(self.work / TIMINGS, json.dumps(self.timings))
+
+
+def _absolute(path: Path) -> Path:
+    return path.absolute() if is_local(path) else path
+
+
+def _is_copied(target: Path, facts: dict[str, Any]) -> bool:
+    if not target.exists() or target.stat().st_size != facts["bytes"]:
+        return False
+    return bool(file_facts(target)["sha256"] == facts["sha256"])

@@ -1,5 +1,7 @@
 """Raw files: whole lines by the chunk from plain or gzip text, batches from Parquet, here or on an object store."""
 
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +13,11 @@ import pyarrow.parquet as pq
 
 from recsys.config import InputError
 from recsys.data.formats import RawFormat
+from recsys.place import is_local
 
 CHUNK_BYTES = 8 << 20  # parsed in the caches; of 1 to 256 MiB the fastest
 PARQUET_BATCH_ROWS = 65_536
+MAX_LINE_BYTES = 32 << 20
 GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -57,6 +61,8 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, int]]:
         if end:
             yield text[:end], offset
         rest = text[end:]
+        if len(rest) > MAX_LINE_BYTES:
+            raise InputError(f"{path}: no line ends within {len(rest):,} bytes; is it a text file, one click a line?")
     if rest is None:
         raise InputError(f"{path}: the file is empty; expected one click a line")
     if rest:
@@ -85,6 +91,10 @@ def _open(path: Path) -> Iterator[Any]:
             yield file
     except OSError as error:
         raise InputError(f"{path}: cannot read it ({error.strerror or error})") from None
+    except Exception as error:
+        if is_local(path) or isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: cannot read it ({error})") from None  # stores have exceptions of their own
 
 
 def _read_blocks(path: Path) -> Iterator[tuple[bytes, int]]:
@@ -116,7 +126,8 @@ def _read_gzip(path: Path, file: Any) -> Iterator[tuple[bytes, int]]:
 
 
 def _check_header(raw: RawFormat, path: Path, header: bytes) -> None:
-    found = header.decode(errors="backslashreplace").removesuffix("\r").split(raw.separator)
+    fields = fields_of(raw, header.removesuffix(b"\r")) or [header]
+    found = [field.decode(errors="backslashreplace") for field in fields]
     expected = [column.name for column in raw.columns]
     if found != expected:
         at = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), None)
@@ -147,18 +158,41 @@ def _read_parquet(raw: RawFormat, path: Path) -> Iterator[Chunk]:
             raise InputError(f"{path}: not a whole Parquet file ({error})") from None
 
 
-def cut(chunks: Iterator[Chunk], num_rows: int) -> Iterator[tuple[Chunk, bool]]:
-    """Cut chunks so that every `num_rows` rows a part ends; yields chunks and whether a part ends behind them."""
-    room = num_rows
+def fields_of(raw: RawFormat, line: bytes) -> list[bytes] | None:
+    """Cut a line into its fields, quotes taken off; None if a quote is not closed or does not enclose a whole field."""
+    separator, quote = raw.separator.encode(), raw.quote.encode()
+    if not quote or quote not in line:
+        return line.split(separator)
+    q, s = re.escape(quote), re.escape(separator)
+    field = re.compile(rb"(?:%b((?:[^%b]|%b%b)*)%b|([^%b%b]*))(%b|\Z)" % (q, q, q, q, q, q, s, s))
+    fields, at, ends = [], 0, separator
+    while ends:
+        if (found := field.match(line, at)) is None:
+            return None
+        quoted, plain, ends = found.groups()
+        fields.append(plain if quoted is None else quoted.replace(quote * 2, quote))
+        at = found.end()
+    return fields
+
+
+def cut(chunks: Iterator[Chunk], num_rows: int, num_bytes: int = sys.maxsize) -> Iterator[tuple[Chunk, bool]]:
+    """Cut chunks into parts of `num_rows` rows, or of fewer where a chunk brings a part to `num_bytes` of content.
+
+    Yields chunks and whether a part ends behind them.
+    """
+    room, held = num_rows, 0
     for chunk in chunks:
         rest = chunk
         while rest.num_rows >= room:
             head, rest = _cut_at(rest, room)
             yield head, True
-            room = num_rows
+            room, held = num_rows, 0
         if rest.num_rows:
-            yield rest, False
+            held += rest.content.nbytes if isinstance(rest.content, pa.Table) else len(rest.content)
             room -= rest.num_rows
+            yield rest, held >= num_bytes
+            if held >= num_bytes:
+                room, held = num_rows, 0
 
 
 def _cut_at(chunk: Chunk, row: int) -> tuple[Chunk, Chunk]:

@@ -21,6 +21,9 @@ BASE_BYTES = 300 << 20
 INGEST_BYTES = 500 << 20
 MIN_MEMORY = BASE_BYTES + INGEST_BYTES
 
+NOT_RAW = (".sha256", ".md5", ".partial", ".validator", ".json", ".md", ".zip", ".tar")
+"""Ends of names that folders of raw files hold besides."""
+
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -70,14 +73,17 @@ class PrepareConfig:
         raw = self.raw
         if self.integers is not None:
             integer_rule(self.integers)
-        check_rule(self.split or raw.split, [c.name for c in raw.columns if c.kind != "unused"])
+        check_rule(self.split or raw.split, [c.name for c in raw.columns if c.kind not in ("unused", "float")])
         if self.threshold is not None and self.threshold < 1:
             raise InputError(f"--threshold {self.threshold} must be at least 1 (1 keeps every value)")
         if self.seed < 0 or self.max_malformed < 0:
             raise InputError("--seed and --max-malformed must not be negative")
+        if self.seed >= 2**24:
+            raise InputError(f"--seed {self.seed} must be below {2**24:,}")
         if not self.paths:
             raise InputError("no raw file named")
-        doubled = [path for path, count in Counter(map(str, self.files)).items() if count > 1]
+        found = Counter(str(path.resolve()) for path in self.files)
+        doubled = [path for path, count in found.items() if count > 1]
         if doubled:
             raise InputError(f"{doubled[0]} is named twice")
         if not is_local(self.out) and self.work is None:
@@ -86,7 +92,7 @@ class PrepareConfig:
         if self.memory_bytes < MIN_MEMORY:
             raise InputError(f"--memory {self.memory} is too little; {MIN_MEMORY >> 20}MiB are needed at least")
 
-    @property
+    @cached_property
     def raw(self) -> RawFormat:
         """The format that `format` names."""
         return format_of(self.format)
@@ -104,7 +110,10 @@ class PrepareConfig:
             if path.is_dir():
                 inside = [file for file in path.rglob("*") if _is_raw(file.relative_to(path))]
                 if not inside:
-                    raise InputError(f"{path}: no raw file in this folder (names that begin with . or _ do not count)")
+                    raise InputError(
+                        f"{path}: no raw file in this folder (names that begin with . or _ or end in "
+                        f"{', '.join(NOT_RAW)} do not count)"
+                    )
                 inside.sort(key=str)
             files += inside
         return tuple(sorted(files, key=_natural) if files == sorted(files, key=str) else files)
@@ -147,7 +156,7 @@ class PrepareConfig:
         number = text.rstrip("KMGTI")
         try:
             return int(float(number) * UNITS[text[len(number) :].strip()])
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, OverflowError):
             raise InputError(f"--memory {self.memory!r} is no amount of memory; write it like 4GiB or 900MB") from None
 
     @property
@@ -158,14 +167,14 @@ class PrepareConfig:
             del settings[name]
         raw = self.raw
         rules = self.rules(raw)
+        settings["raw_format"] = dump(raw)
         settings["paths"] = [str(path) for path in self.files]
         settings["threshold"] = self.threshold or raw.threshold
         return settings | {"integers": rules.integers, "split": rules.split}
 
 
 def _is_raw(name: Path) -> bool:
-    hidden = any(part.startswith((".", "_")) for part in name.parts)
-    return not hidden and "." in name.name and name.suffix not in (".sha256", ".md5", ".partial", ".json", ".md")
+    return name.suffix not in NOT_RAW and not any(part.startswith((".", "_")) for part in name.parts)
 
 
 def _natural(path: Path) -> list[tuple[int, int | str]]:

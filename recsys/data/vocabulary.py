@@ -7,10 +7,12 @@ missing and rare values. Beside the vocabulary stands the remap: the id of every
 """
 
 import json
+import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
+from glob import escape
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +23,7 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from recsys.config import InputError, write_whole
-from recsys.data.ingest import PartOfLog, read_part
+from recsys.data.ingest import SPLIT, PartOfLog, read_part
 from recsys.data.settings import MAX_NUM_IDS
 from recsys.data.split import TRAIN
 from recsys.place import whole
@@ -49,6 +51,8 @@ class VocabularyJob:
     """Folder of vocabularies."""
     memory: int
     """Bytes that the job may take."""
+    weight: str | None = None
+    """Column of weights; a row of weight 3 counts three times."""
 
     @property
     def remap(self) -> Path:
@@ -60,6 +64,17 @@ class VocabularyJob:
         """Keys that may be held at once."""
         keys = read_part(self.parts[0].path, [self.feature]).column(0).dictionary
         return max(self.memory // (BYTES_PER_ENTRY + COPIES_OF_KEY * keys.nbytes // len(keys)), 1000)
+
+    def batches(self) -> Iterator[tuple[int, int]]:
+        """Consecutive intervals of parts whose dictionaries fit together, at least one part each."""
+        first = held = 0
+        for i, part in enumerate(self.parts):
+            size = part.num_values[self.feature]
+            if held and held + size > self.capacity // 4:
+                yield first, i
+                first, held = i, 0
+            held += size
+        yield first, len(self.parts)
 
 
 class Interval(NamedTuple):
@@ -92,7 +107,7 @@ def make_vocabulary(job: VocabularyJob, advance: Callable[[int], None]) -> dict[
     if job.hashed:
         num_ids = job.max_ids or 0
         with whole(job.remap) as remap:
-            _write_remap(job, remap, lambda keys: keys.select("at", id=hash_ids(keys["key"], num_ids)))
+            _write_remap(job, remap, lambda _, keys: keys.select("at", id=hash_ids(keys["key"], num_ids)))
         advance(len(job.parts))
     else:
         num_ids = _count_vocabulary(job, advance)
@@ -111,6 +126,8 @@ def hash_ids(keys: pl.Series, num_ids: int) -> pl.Series:
 
 
 def _count_vocabulary(job: VocabularyJob, advance: Callable[[int], None]) -> int:
+    for left in job.folder.glob(f".{escape(job.feature)}.*"):
+        shutil.rmtree(left)  # by a job that was killed
     with TemporaryDirectory(dir=job.folder, prefix=f".{job.feature}.") as scratch:
         intervals: list[Interval] = []
         for low, high, counted in _count(job, Path(scratch), advance):
@@ -130,9 +147,7 @@ def _count_vocabulary(job: VocabularyJob, advance: Callable[[int], None]) -> int
         with whole(job.out / f"{job.feature}.parquet") as path:
             _write_vocabulary(path, intervals, sizes, num_ids)
         with whole(job.remap) as remap:
-            for interval in intervals:
-                ids = pl.read_parquet(interval.kept, columns=["key", "id"]).filter(pl.col("id") < num_ids)
-                _write_remap(job, remap, partial(_look_up, interval=interval, ids=ids))
+            _write_counted_remap(job, remap, intervals, num_ids)
     return num_ids
 
 
@@ -161,7 +176,7 @@ def _count(
         waiting.clear()
 
     for part in job.parts:
-        waiting.append(_count_part(part, job.feature))
+        waiting.append(_count_part(part, job.feature, job.weight))
         if sum(frame.height for frame in waiting) > job.capacity // 2:
             merged = _merge(pl.concat(waiting).lazy())
             waiting[:] = [merged]
@@ -182,11 +197,12 @@ def _count(
         yield low, high, _merge(pl.scan_parquet(runs).filter(inside))
 
 
-def _count_part(part: PartOfLog, feature: str) -> pl.DataFrame:
-    batch = read_part(part.path, [feature, "split"])
+def _count_part(part: PartOfLog, feature: str, weight: str | None) -> pl.DataFrame:
+    batch = read_part(part.path, [feature, SPLIT, *([weight] if weight else [])])
     column = batch.column(feature)
-    codes = column.indices.to_numpy()[part.split(batch) == TRAIN]
-    counts = np.bincount(codes, minlength=len(column.dictionary))
+    trains = part.split(batch) == TRAIN
+    weights = batch.column(weight).to_numpy()[trains] if weight else None
+    counts = np.bincount(column.indices.to_numpy()[trains], weights, minlength=len(column.dictionary))
     counted = pl.DataFrame({"key": pl.Series(column.dictionary), "count": counts.astype(np.uint64)})
     return counted.filter(pl.col("key").is_not_null() & (pl.col("count") > 0))
 
@@ -205,8 +221,10 @@ def _give_ids(intervals: Sequence[Interval]) -> np.ndarray:
 
     Returns the number of values of each count (descending) in each interval, int64 [counts, intervals].
     """
-    counts_of = [pl.read_parquet(interval.kept, columns=["count"])["count"].to_numpy() for interval in intervals]
-    tallies = [np.unique(counts.astype(np.int64), return_counts=True) for counts in counts_of]
+    tallies = []
+    for interval in intervals:
+        counts = pl.read_parquet(interval.kept, columns=["count"])["count"].to_numpy().astype(np.int64)
+        tallies.append(np.unique(counts, return_counts=True))
     descending = np.unique(np.concatenate([-counts for counts, _ in tallies]))
     sizes = np.zeros((len(descending), len(intervals)), dtype=np.int64)
     for i, (counts, num_values) in enumerate(tallies):
@@ -222,28 +240,41 @@ def _give_ids(intervals: Sequence[Interval]) -> np.ndarray:
 
 
 def _write_vocabulary(path: Path, intervals: Sequence[Interval], sizes: np.ndarray, num_ids: int) -> None:
-    """Write key, id (Int32) and count in order of id: the intervals are merged, a block of counts at a time."""
+    """Write key, id (Int32) and count in order of id, in row groups of one size, however many intervals there were."""
+    empty = _vocabulary_frame(pl.DataFrame(schema=pl.read_parquet_schema(intervals[0].kept)), 0)
+    with pq.ParquetWriter(path, empty.to_arrow().schema, compression="lz4") as writer:
+        waiting = empty
+        for block in _in_order_of_ids(intervals, sizes):
+            waiting = pl.concat([waiting, _vocabulary_frame(block, num_ids)])
+            whole_groups = waiting.height // RUN_GROUP_ROWS * RUN_GROUP_ROWS
+            if whole_groups:
+                writer.write_table(waiting[:whole_groups].rechunk().to_arrow(), row_group_size=RUN_GROUP_ROWS)
+                waiting = waiting[whole_groups:]
+        if waiting.height:
+            writer.write_table(waiting.rechunk().to_arrow(), row_group_size=RUN_GROUP_ROWS)
+
+
+def _in_order_of_ids(intervals: Sequence[Interval], sizes: np.ndarray) -> Iterator[pl.DataFrame]:
+    """Merge the kept values of all intervals, a block of counts at a time."""
     ends = sizes.sum(axis=1).cumsum()
     read = np.zeros(len(intervals), dtype=np.int64)
-    schema = pl.read_parquet_schema(intervals[0].kept)
-    with pq.ParquetWriter(
-        path, _vocabulary_frame(pl.DataFrame(schema=schema), 0).to_arrow().schema, compression="lz4"
-    ) as writer:
-        begin = 0
-        while begin < len(ends):
-            written = ends[begin - 1] if begin else 0
-            end = max(int(np.searchsorted(ends, written + BLOCK_ROWS, side="right")), begin + 1)
-            blocks = []
-            for i, num_rows in enumerate(sizes[begin:end].sum(axis=0)):
-                blocks += [
-                    pl.scan_parquet(intervals[i].kept).slice(int(at), min(BLOCK_ROWS, int(read[i] + num_rows - at)))
-                    for at in range(read[i], read[i] + num_rows, BLOCK_ROWS)
-                ]
-                read[i] += num_rows
+    begin = 0
+    while begin < len(ends):
+        written = ends[begin - 1] if begin else 0
+        end = max(int(np.searchsorted(ends, written + BLOCK_ROWS, side="right")), begin + 1)
+        slices = []
+        for i, num_rows in enumerate(sizes[begin:end].sum(axis=0)):
+            slices += [
+                pl.scan_parquet(intervals[i].kept).slice(int(at), min(BLOCK_ROWS, int(read[i] + num_rows - at)))
+                for at in range(read[i], read[i] + num_rows, BLOCK_ROWS)
+            ]
+            read[i] += num_rows
+        if end == begin + 1:
             # Values of one count follow one another interval by interval: however many there are, none is sorted.
-            for block in blocks if end == begin + 1 else [pl.concat(blocks).sort("id")]:
-                writer.write_table(_vocabulary_frame(block.collect(), num_ids).to_arrow())
-            begin = end
+            yield from (part.collect() for part in slices)
+        else:
+            yield pl.concat(slices).sort("id").collect()
+        begin = end
 
 
 def _vocabulary_frame(frame: pl.DataFrame, num_ids: int) -> pl.DataFrame:
@@ -253,39 +284,57 @@ def _vocabulary_frame(frame: pl.DataFrame, num_ids: int) -> pl.DataFrame:
 # ---- the remap
 
 
-def _look_up(keys: pl.DataFrame, *, interval: Interval, ids: pl.DataFrame) -> pl.DataFrame:
-    return keys.filter(interval.holds()).join(ids, on="key")
+def _write_counted_remap(job: VocabularyJob, path: Path, intervals: Sequence[Interval], num_ids: int) -> None:
+    """Write the remap by the kept values; with many intervals, each looks up only the entries that lie in it."""
+
+    def ids_of(interval: Interval) -> pl.DataFrame:
+        return pl.read_parquet(interval.kept, columns=["key", "id"]).filter(pl.col("id") < num_ids)
+
+    if len(intervals) == 1:
+        ids = ids_of(intervals[0])
+        _write_remap(job, path, lambda _, keys: keys.join(ids, on="key"))
+        return
+    scratch = intervals[0].kept.parent
+    num_batches = 0
+    for batch, (first, last) in enumerate(job.batches()):
+        keys = _entries(job, first, last).sort("key")
+        edges = [0, *(keys["key"].search_sorted(interval.low) for interval in intervals[1:]), keys.height]
+        for i, (begin, end) in enumerate(pairwise(edges)):
+            keys[begin:end].write_parquet(scratch / f"{i}.{batch}.entries.parquet", compression="lz4")
+        num_batches += 1
+    for i, interval in enumerate(intervals):
+        ids = ids_of(interval)
+        for batch in range(num_batches):
+            entries = scratch / f"{i}.{batch}.entries.parquet"
+            found = pl.read_parquet(entries).join(ids, on="key").select("at", "id")
+            found.write_parquet(scratch / f"{batch}.{i}.ids.parquet", compression="lz4")
+            entries.unlink()
+    _write_remap(
+        job,
+        path,
+        lambda batch, _: pl.concat(
+            pl.read_parquet(scratch / f"{batch}.{i}.ids.parquet", memory_map=False) for i in range(len(intervals))
+        ),
+    )
 
 
-def _write_remap(job: VocabularyJob, path: Path, look_up: Callable[[pl.DataFrame], pl.DataFrame]) -> None:
-    """Write ids of dictionary entries where `look_up` finds any; what is never written is 0.
+def _write_remap(job: VocabularyJob, path: Path, look_up: Callable[[int, pl.DataFrame], pl.DataFrame]) -> None:
+    """Write ids of dictionary entries where `look_up` finds any, and 0 elsewhere.
 
-    `look_up` takes a frame of key and at (the place in the remap) and returns one of at and id.
+    `look_up` takes the number of a batch and a frame of key and at (the place in the batch), and returns one of at and
+    id.
     """
-    sizes = [part.num_values[job.feature] for part in job.parts]
-    with path.open("r+b" if path.exists() else "w+b") as file:
-        file.truncate(4 * sum(sizes))
-        for first, last in _batches(sizes, max(job.capacity // 4, *sizes)):
-            begin, size = sum(sizes[:first]), sum(sizes[first:last])
-            keys = [
-                pl.Series("key", read_part(p.path, [job.feature]).column(0).dictionary) for p in job.parts[first:last]
-            ]
-            frame = pl.concat(keys).to_frame("key").with_row_index("at").filter(pl.col("key").is_not_null())
-            found = look_up(frame)
-            file.seek(4 * begin)
-            ids = np.fromfile(file, dtype="<i4", count=size)
+    with path.open("wb") as file:
+        for batch, (first, last) in enumerate(job.batches()):
+            found = look_up(batch, _entries(job, first, last))
+            ids = np.zeros(sum(part.num_values[job.feature] for part in job.parts[first:last]), dtype="<i4")
             ids[found["at"].to_numpy()] = found["id"].to_numpy()
-            file.seek(4 * begin)
             ids.tofile(file)
 
 
-def _batches(sizes: Sequence[int], capacity: int) -> Iterator[tuple[int, int]]:
-    """Consecutive intervals of parts whose dictionaries fit together."""
-    first = held = 0
-    for i, size in enumerate(sizes):
-        if held + size > capacity:
-            yield first, i
-            first = i
-            held = 0
-        held += size
-    yield first, len(sizes)
+def _entries(job: VocabularyJob, first: int, last: int) -> pl.DataFrame:
+    """Dictionary entries of some parts but null: key, and at, their place among them all."""
+    keys = [
+        pl.Series("key", read_part(part.path, [job.feature]).column(0).dictionary) for part in job.parts[first:last]
+    ]
+    return pl.concat(keys).to_frame("key").with_row_index("at").filter(pl.col("key").is_not_null())

@@ -76,6 +76,8 @@ def _bayes_optimal(truth: Path, data: Path, split: str, predictions: Predictions
     except (OSError, ValueError) as error:
         raise InputError(f"{data / 'manifest.json'}: cannot read which rows are held out ({error})") from None
     rule, seed, num_rows = manifest["config"]["split"], manifest["config"]["seed"], manifest["num_rows"]
+    if rule not in ("random", "time"):
+        raise InputError(f"--truth needs data that were split by random or time, not by {rule}")
     try:
         rows = pl.scan_parquet(truth, row_index_name="row").with_columns(pl.col("row").cast(pl.UInt64))
         is_held_out = split_of(pl.col("row"), rule, seed=seed, num_rows=num_rows) == SPLITS.index(split)
