@@ -1,9 +1,12 @@
 """What tests of several modules share: a small prepared log, and jobs of one or more ranks."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+os.environ.setdefault("POLARS_MAX_THREADS", "1")  # as `recsys prepare` does; polars reads it once, when it is imported
 
 from recsys.data.prepare import PrepareConfig, prepare
 from recsys.data.synthetic import SynthConfig, synthesize

@@ -17,8 +17,6 @@ HOUR_FEATURES = ("hour", "weekday", "is_weekend")
 CATEGORY_KINDS = ("hex32", "int64", "uint64", "text")
 NUMERIC_KINDS = ("label", "clicks", "impressions", "integer", *CATEGORY_KINDS[:3], "hour")
 
-HOUR_FEATURES = ("hour", "weekday", "is_weekend")
-
 DTYPES: dict[str, type[pl.DataType]] = {
     "label": pl.UInt8,
     "clicks": pl.UInt32,

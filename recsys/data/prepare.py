@@ -19,6 +19,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow.parquet as pq
 
 from recsys.config import InputError, write_whole
@@ -81,8 +82,10 @@ def working_in(folder: Path, config: PrepareConfig) -> Iterator[None]:
         _check_same_settings(folder, config)
         try:
             yield
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        except (OSError, pl.exceptions.ComputeError) as error:
+            full = (errno.ENOSPC, errno.EDQUOT)
+            by_polars = any(f"(os error {code})" in str(error) for code in full)  # which says it in its text alone
+            if getattr(error, "errno", None) not in full and not by_polars:
                 raise
             raise InputError(
                 f"{folder}: no space is left on its disk; make room and run the same command, which goes on from here"

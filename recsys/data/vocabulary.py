@@ -127,7 +127,7 @@ def hash_ids(keys: pl.Series, num_ids: int) -> pl.Series:
 
 def _count_vocabulary(job: VocabularyJob, advance: Callable[[int], None]) -> int:
     for left in job.folder.glob(f".{escape(job.feature)}.*"):
-        shutil.rmtree(left)  # by a job that was killed
+        (shutil.rmtree if left.is_dir() else Path.unlink)(left)  # by a job that was killed
     with TemporaryDirectory(dir=job.folder, prefix=f".{job.feature}.") as scratch:
         intervals: list[Interval] = []
         for low, high, counted in _count(job, Path(scratch), advance):
@@ -329,7 +329,7 @@ def _write_remap(job: VocabularyJob, path: Path, look_up: Callable[[int, pl.Data
             found = look_up(batch, _entries(job, first, last))
             ids = np.zeros(sum(part.num_values[job.feature] for part in job.parts[first:last]), dtype="<i4")
             ids[found["at"].to_numpy()] = found["id"].to_numpy()
-            ids.tofile(file)
+            file.write(ids.data)  # `tofile` says nothing of a full disk
 
 
 def _entries(job: VocabularyJob, first: int, last: int) -> pl.DataFrame:
