@@ -4,7 +4,7 @@ Every global batch takes a fixed share of rows from every slot, so each slot is 
 goes through it. Where two slots meet, they mostly cut a row group in two: one slot ends with it, the next began with
 it. It is decoded for each of them, unless groups are so few that all are kept. (Slots that go forward and backward in
 turn would meet in it at one time, and save that; but then the first and the last batches of an epoch come from half as
-many groups, and on a small log trained models were worse by .002 AUC.)
+many groups, and on the Kaggle sample merged AUC was .001 ± .001 lower.)
 """
 
 from collections import Counter
