@@ -115,9 +115,10 @@ def _synth(arguments: list[str]) -> int:
 
 
 def _prepare(arguments: list[str]) -> int:
-    # Chunks, columns and parts are worked on side by side: threads of polars within one cost 10 % more CPU and gain
-    # nothing.
-    os.environ.setdefault("POLARS_MAX_THREADS", "1")
+    from recsys.data.engine import WORKER_ENVIRONMENT
+
+    for name, value in WORKER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     from recsys.data.prepare import prepare
     from recsys.data.settings import PrepareConfig
 

@@ -22,6 +22,7 @@ def test_prepare_reports_every_cost(tmp_path: Path) -> None:
     costs = {
         *("raw_bytes", "gz_bytes", "distinct", "cpu_seconds", "wall_seconds", "peak_rss_bytes", "max_rss_child_bytes"),
         *("rows_per_cpu_second", "output_bytes", "pyarrow_read_cpu_seconds", "ratio_to_pyarrow_read"),
+        *("pyarrow_stream_cpu_seconds", "ratio_to_pyarrow_stream"),
         *("gunzip_cpu_seconds", "byte_read_cpu_seconds", "core_hours_for_4_37_billion_rows"),
     }
     facts = {"distinct_note", "stages", "memory", "threshold", "commit", "machine", "versions", "command", "date"}

@@ -13,8 +13,14 @@ Job = TypeVar("Job")
 Advance = Callable[..., None]
 Kernel = Callable[[Job, Advance], dict[str, Any]]
 
-# Jobs run side by side: threads of polars within one cost 10 % more CPU and gain nothing.
-WORKER_ENVIRONMENT = {"POLARS_MAX_THREADS": "1"}
+# What a process that runs jobs should have in its environment before it imports polars and pyarrow. Jobs run side by
+# side: threads of polars within one cost 10 % more CPU and gain nothing. Allocators that keep pages for the next chunk
+# save another 6 %, and memory too.
+WORKER_ENVIRONMENT = {
+    "POLARS_MAX_THREADS": "1",
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+    "_RJEM_MALLOC_CONF": "dirty_decay_ms:5000,muzzy_decay_ms:5000",
+}
 
 
 class _StoppedError(Exception):
