@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 
 from recsys.config import InputError
 from recsys.data.formats import RawFormat
-from recsys.data.prepare import Preparation, working_in
+from recsys.data.prepare import Preparation
 from recsys.data.raw import GZIP_MAGIC, check_readable, count
 from recsys.data.settings import PrepareConfig
+from recsys.data.working_folder import working_in
 
 SAMPLE_BYTES = 48 << 20
 """Of the first file, as it lies on disk; some 400,000 rows of a packed Criteo log."""

@@ -6,8 +6,6 @@ So the same command, run again after whatever ended it, goes on where it was, an
 happens in a folder beside `out` that takes its name only at the end: a prepared folder is always a whole one.
 """
 
-import errno
-import fcntl
 import json
 import os
 import shutil
@@ -19,7 +17,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pyarrow.parquet as pq
 
 from recsys.config import InputError, write_whole
@@ -33,6 +30,7 @@ from recsys.data.settings import BASE_BYTES, INGEST_BYTES, PrepareConfig
 from recsys.data.split import intervals
 from recsys.data.verify import verify
 from recsys.data.vocabulary import VocabularyJob, make_vocabulary
+from recsys.data.working_folder import remove, remove_if_done, working_in
 from recsys.place import is_local
 from recsys.progress import progress
 
@@ -57,67 +55,12 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     # On an object store the manifest comes last; without it, an interrupted copy may go on.
     folder = (config.work or config.out.parent) / f".{config.out.name}.partial"
     if (config.out if is_local(config.out) else config.out / MANIFEST).exists():
-        _remove_if_done(folder)
+        remove_if_done(folder)
         raise InputError(f"{config.out}: exists already; name another --out, or delete it first")
     for path in config.files:
         check_readable(path)  # a wrong name of the last file is told now, not after hours
     with working_in(folder, config):
         return Preparation(config, folder).run()
-
-
-@contextmanager
-def working_in(folder: Path, config: PrepareConfig) -> Iterator[None]:
-    """Make the working folder, or take up one with the same settings; nobody else may work in it meanwhile."""
-    _remove_if_done(folder)
-    try:
-        for name in ("data", "work"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{config.out}: cannot make it ({error.strerror})") from None
-    with (folder / "work" / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process prepares in it; wait for it, or name another --out") from None
-        _check_same_settings(folder, config)
-        try:
-            yield
-        except (OSError, pl.exceptions.ComputeError) as error:
-            full = (errno.ENOSPC, errno.EDQUOT)
-            by_polars = any(f"(os error {code})" in str(error) for code in full)  # which says it in its text alone
-            if getattr(error, "errno", None) not in full and not by_polars:
-                raise
-            raise InputError(
-                f"{folder}: no space is left on its disk; make room and run the same command, which goes on from here"
-            ) from None
-
-
-def _remove_if_done(folder: Path) -> None:
-    """Remove a working folder whose data got their name before the job was killed."""
-    if (folder / "work").exists() and not (folder / "data").exists():
-        _remove(folder)
-
-
-def _remove(folder: Path) -> None:
-    """Remove a working folder; under another name first, so that nobody takes up half of one."""
-    removed = folder.with_name(f"{folder.name}.removed")
-    shutil.rmtree(removed, ignore_errors=True)
-    folder.rename(removed)
-    shutil.rmtree(removed)
-
-
-def _check_same_settings(folder: Path, config: PrepareConfig) -> None:
-    path = folder / "work" / "settings.json"
-    wanted = config.determining
-    begun = json.loads(path.read_text()) if path.exists() else wanted
-    for name, value in wanted.items():
-        # More malformed rows may be tolerated at a second try: nothing that stands changes by it.
-        if name != "max_malformed" and begun.get(name) != value:
-            raise InputError(
-                f"{folder}: an unfinished preparation with {name} {begun.get(name)} instead of {value}; finish it with "
-                f"its own settings, or delete that folder"
-            )
-    write_whole(path, json.dumps(wanted))
 
 
 class Preparation:
@@ -330,7 +273,7 @@ class Preparation:
             copied.rename(out)
         else:
             self._copy(out)
-        _remove(self.folder)
+        remove(self.folder)
 
     def _copy(self, out: Path) -> None:
         """Copy the data, the manifest last; what an interrupted copy brought over is not copied again."""
