@@ -5,8 +5,24 @@ T tokens, L layers, N columns of a linear projection.
 """
 
 import abc
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 from torch import Tensor, nn
+
+Along = Literal["width", "depth"]
+"""What a ladder scales."""
+
+
+class Ladder(Protocol):
+    """What every backbone's config can do: be scaled by one dial."""
+
+    def ladder(self, k: float, along: Along = "width") -> Self:
+        """Scale these sizes for about `k` times the work a row, `k >= 1`; 1 is the config itself.
+
+        Along the width, hidden widths grow with the root of `k`; along the depth, layers grow with `k`. A larger `k`
+        never gives fewer parameters or FLOPs. What a rung really costs depends on the fields: see `Backbone.flops`.
+        """
+        ...
 
 
 class Backbone(nn.Module, abc.ABC):
@@ -16,8 +32,18 @@ class Backbone(nn.Module, abc.ABC):
     no sigmoid, no loss and no device, and a row's output depends on that row alone.
     """
 
+    Config: ClassVar[type[Any]]
+    """Its sizes: a frozen dataclass that is a `Ladder`."""
     out_dim: int
 
     @abc.abstractmethod
     def forward(self, x_BFD: Tensor) -> Tensor:
         """Map field embeddings [B, F, D] to hidden vectors h_BO [B, out_dim]."""
+
+    @abc.abstractmethod
+    def flops(self) -> int:
+        """Multiplications and additions in the matrix products of one row's forward; backward takes twice as many."""
+
+    def num_parameters(self) -> int:
+        """Trained values."""
+        return sum(parameter.numel() for parameter in self.parameters())

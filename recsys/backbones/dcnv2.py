@@ -1,13 +1,13 @@
 """DCN V2, the deep and cross network with matrix weights (arXiv 2008.13535)."""
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from recsys.backbones.base import Backbone
-from recsys.backbones.layers import check_sizes, linear, mlp
+from recsys.backbones.base import Along, Backbone
+from recsys.backbones.layers import check_sizes, deeper, deeper_mlp, linear, linear_flops, mlp, wider_mlp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,12 @@ class DCNv2Config:
 
     def __post_init__(self) -> None:
         check_sizes(self.dropout, num_cross_layers=self.num_cross_layers, rank=self.rank, hidden=self.hidden)
+
+    def ladder(self, k: float, along: Along = "width") -> Self:
+        """Scale the MLP's widths, or cross layers and MLP layers; the cross layers are as wide as the fields."""
+        if along == "width":
+            return replace(self, hidden=wider_mlp(self.hidden, k))
+        return replace(self, num_cross_layers=deeper(self.num_cross_layers, k), hidden=deeper_mlp(self.hidden, k))
 
 
 _DEFAULT = DCNv2Config()
@@ -60,6 +66,10 @@ class DCNv2(Backbone):
             x_BK = x0_BK * weight(x_BK) + x_BK
         h_BO: Tensor = self.mlp(x_BK) if self.stacked else torch.cat([x_BK, self.mlp(x0_BK)], dim=1)
         return h_BO
+
+    def flops(self) -> int:
+        """Every weight is applied once."""
+        return linear_flops(self)
 
 
 def _cross_weight(in_dim: int, rank: int | None) -> nn.Module:

@@ -1,5 +1,6 @@
-"""The layers that backbones share: linear with explicit initial values, dropout with its own random stream, MLP."""
+"""What backbones share: linear with explicit initial values, dropout with its own random stream, MLP, sizes."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -74,3 +75,29 @@ def check_sizes(dropout: float, **sizes: int | tuple[int, ...] | None) -> None:
             raise ValueError(f"{name} is {size}: give 1 or more")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout is {dropout}: give 0 or more and less than 1")
+
+
+def linear_flops(module: nn.Module) -> int:
+    """FLOPs of the linear layers within `module` for one row, each of them applied once."""
+    return sum(2 * part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+
+
+def wider(width: int, k: float, multiple: int = 1) -> int:
+    """A width for `k` times the work of a square matrix: times the root of `k`, rounded to a multiple."""
+    return max(round(width * math.sqrt(k) / multiple), 1) * multiple
+
+
+def deeper(num_layers: int, k: float) -> int:
+    """Layers for `k` times the work."""
+    return max(round(num_layers * k), 1)
+
+
+def wider_mlp(hidden: tuple[int, ...], k: float) -> tuple[int, ...]:
+    """Every hidden width for `k` times the work."""
+    return tuple(wider(width, k) for width in hidden)
+
+
+def deeper_mlp(hidden: tuple[int, ...], k: float) -> tuple[int, ...]:
+    """About `k` times as many hidden layers, each width repeated: (256, 128) becomes (256, 256, 128, 128)."""
+    total = deeper(len(hidden), k)
+    return tuple(hidden[index * len(hidden) // total] for index in range(total))

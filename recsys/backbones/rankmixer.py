@@ -1,15 +1,15 @@
 """RankMixer, parameter-free token mixing and a feed-forward network of its own for each token (arXiv 2507.15551)."""
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from recsys.backbones.base import Backbone
-from recsys.backbones.layers import Dropout, check_sizes
+from recsys.backbones.base import Along, Backbone
+from recsys.backbones.layers import Dropout, check_sizes, deeper, wider
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,12 @@ class RankMixerConfig:
             raise ValueError(
                 f"token_dim is {self.token_dim}: it must be a multiple of num_tokens = {self.num_tokens}, give {works}"
             )
+
+    def ladder(self, k: float, along: Along = "width") -> Self:
+        """Scale the tokens' width, kept a multiple of their number, or the blocks."""
+        if along == "width":
+            return replace(self, token_dim=wider(self.token_dim, k, multiple=self.num_tokens))
+        return replace(self, num_layers=deeper(self.num_layers, k))
 
 
 _DEFAULT = RankMixerConfig()
@@ -118,3 +124,7 @@ class RankMixer(Backbone):
         x_BTK = functional.pad(x_BFD.flatten(1), (0, self.padding)).reshape(self.chunks_shape)
         x_BTD: Tensor = self.blocks(self.tokenize(x_BTK))
         return x_BTD.mean(dim=1)
+
+    def flops(self) -> int:
+        """Every token's weights are applied once."""
+        return sum(2 * part.weight_TKN.numel() for part in self.modules() if isinstance(part, TokenLinear))

@@ -1,13 +1,13 @@
 """Wukong, stacked factorization machines (arXiv 2403.02545)."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from recsys.backbones.base import Backbone
-from recsys.backbones.layers import check_sizes, linear, mlp
+from recsys.backbones.base import Along, Backbone
+from recsys.backbones.layers import check_sizes, deeper, linear, linear_flops, mlp, wider, wider_mlp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,18 @@ class WukongConfig:
             num_linear=self.num_linear,
             fm_rank=self.fm_rank,
             hidden=self.hidden,
+        )
+
+    def ladder(self, k: float, along: Along = "depth") -> Self:
+        """Scale the layers (which the paper scales first), or tokens, rank and hidden widths."""
+        if along == "depth":
+            return replace(self, num_layers=deeper(self.num_layers, k))
+        return replace(
+            self,
+            num_fm=wider(self.num_fm, k),
+            num_linear=wider(self.num_linear, k),
+            fm_rank=wider(self.fm_rank, k),
+            hidden=wider_mlp(self.hidden, k),
         )
 
 
@@ -77,6 +89,12 @@ class WukongLayer(nn.Module):
         out_BTD: Tensor = self.norm(torch.cat([fm_BTD, linear_BTD], dim=1) + residual_BTD)
         return out_BTD
 
+    def flops(self, dim: int) -> int:
+        """X^T Y and X (X^T Y), the MLP, W_L X and W_R X."""
+        products = 4 * self.fm_weight_TK.numel() * dim
+        residual = 0 if self.residual_weight is None else self.residual_weight.numel()
+        return products + linear_flops(self.fm_mlp) + 2 * (self.linear_weight.numel() + residual) * dim
+
 
 class Wukong(Backbone):
     """Layers of factorization machines; the output is the last tokens, flattened: (n_F + n_L) * D wide.
@@ -88,6 +106,7 @@ class Wukong(Backbone):
 
     def __init__(self, num_fields: int, dim: int, config: WukongConfig = _DEFAULT) -> None:
         super().__init__()
+        self.dim = dim
         num_out = config.num_fm + config.num_linear
         counts = [num_fields] + [num_out] * (config.num_layers - 1)
         self.layers = nn.Sequential(*(WukongLayer(num_tokens, dim, config) for num_tokens in counts))
@@ -97,6 +116,10 @@ class Wukong(Backbone):
         """Map field embeddings [B, F, D] to [B, out_dim]."""
         x_BTD: Tensor = self.layers(x_BFD)
         return x_BTD.flatten(1)
+
+    def flops(self) -> int:
+        """Sum over layers."""
+        return sum(layer.flops(self.dim) for layer in self.layers if isinstance(layer, WukongLayer))
 
 
 def _xavier(num_rows: int, num_columns: int) -> nn.Parameter:
