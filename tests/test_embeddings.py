@@ -22,7 +22,7 @@ B = 32
 @pytest.mark.parametrize("dims", [{"one": 4}, {"one": 4, "two": 8}])
 def test_tables_look_up_each_field_in_its_own_table(dims: dict[str, int]) -> None:
     tables = Tables(SPARSE, dims).to_empty(device="cpu")
-    init_tables(tables, seed_of=str, scale=1.0)
+    init_tables(tables, lambda table: (table, 1.0))
     ids = {name: torch.randint(num_ids, (B,)) for name, num_ids in SPARSE.items()}
     weights = tables.state_dict()
     fields = tables(batch_of(torch.zeros(B, 0), ids, torch.zeros(B)).sparse)

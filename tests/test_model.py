@@ -1,5 +1,6 @@
 """Members do not know of one another, and each starts and learns as it would alone."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -20,8 +21,9 @@ from recsys.config import InputError
 from recsys.data.batch import Batch
 from recsys.data.schema import Schema
 from recsys.embeddings.init import init_tables
+from recsys.members import BackboneConfigs, MemberSpec, ModelConfig, parse_members
 from recsys.merge.rules import mean_logit
-from recsys.model import BackboneConfigs, Member, MemberSpec, ModelConfig, RecModel, parse_members
+from recsys.model import Member, RecModel
 from recsys.tasks.click import ClickLoss, ClickTask, cross_entropy
 from tests.batches import batch_of
 
@@ -32,20 +34,26 @@ BACKBONE_CONFIGS = BackboneConfigs(
     rankmixer=RankMixerConfig(num_tokens=2, token_dim=8, num_layers=1, expansion=2, dropout=0.2),
     wukong=WukongConfig(num_layers=1, num_fm=2, num_linear=2, fm_rank=3, hidden=(16,), dropout=0.2),
 )
-JOB = parse_members(["dcnv2*2", "rankmixer", "wukong"], seed=3)
+
+
+def members(*texts: str, seed: int = 3, **changes: Any) -> tuple[MemberSpec, ...]:
+    return parse_members(texts, seed, dataclasses.replace(CONFIG, **changes), BACKBONE_CONFIGS)
+
+
+JOB = members("dcnv2*2", "rankmixer", "wukong")
 B = 32
 
 
-def build(specs: Sequence[MemberSpec] = JOB, schema: Schema = SCHEMA, config: ModelConfig = CONFIG) -> RecModel:
+def build(specs: Sequence[MemberSpec] = JOB, schema: Schema = SCHEMA) -> RecModel:
     """A model on the CPU, not sharded, its tables filled."""
-    model = RecModel(schema, specs, config, BACKBONE_CONFIGS)
+    model = RecModel(schema, specs)
     model.embedding.to_empty(device="cpu")
-    init_tables(model, seed_of=model.table_seed, scale=config.init_scale)
+    init_tables(model, model.table_start)
     return model
 
 
 def member(backbone: str = "dcnv2", seed: int = 0, schema: Schema = SCHEMA) -> Member:
-    return Member(MemberSpec(backbone, backbone, seed), schema, CONFIG, getattr(BACKBONE_CONFIGS, backbone))
+    return Member(members(backbone, seed=seed)[0], schema)
 
 
 def random_batch(schema: Schema = SCHEMA) -> Batch:
@@ -61,68 +69,24 @@ def parameters(module: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
-# Members by name
-
-
-@pytest.mark.parametrize(
-    ("texts", "expected"),
-    [
-        (["wukong"], [("wukong", "wukong", 7)]),
-        (["dcnv2*2"], [("dcnv2", "dcnv2", 7), ("dcnv2_2", "dcnv2", 1007)]),
-        (["dcnv2", "dcnv2*2"], [("dcnv2", "dcnv2", 7), ("dcnv2_2", "dcnv2", 1007), ("dcnv2_3", "dcnv2", 2007)]),
-        (["dcnv2", "wukong", "dcnv2"], [("dcnv2", "dcnv2", 7), ("wukong", "wukong", 7), ("dcnv2_2", "dcnv2", 1007)]),
-    ],
-)
-def test_names_and_seeds_count_up_within_a_backbone(texts: list[str], expected: list[tuple[str, str, int]]) -> None:
-    assert parse_members(texts, seed=7) == tuple(MemberSpec(*spec) for spec in expected)
-
-
-def test_jobs_of_other_seeds_have_no_member_in_common() -> None:
-    seeds = [spec.seed for seed in range(5) for spec in parse_members(["dcnv2*5"], seed)]
-    assert len(set(seeds)) == 25
-
-
-def test_a_member_is_the_same_whoever_rides_along() -> None:
-    alone = set(parse_members(["dcnv2*2"], seed=7))
-    for others in (["wukong", "dcnv2*2"], ["dcnv2", "rankmixer*3", "dcnv2"], ["dcnv2*5"]):
-        assert alone < set(parse_members(others, seed=7))
-
-
-@pytest.mark.parametrize(
-    ("texts", "message"),
-    [
-        (["dcnv3"], "unknown backbone 'dcnv3'; did you mean dcnv2"),
-        (["wukong", "xyz*2"], "unknown backbone 'xyz'; known are .*, wukong"),
-        (["dcnv2*0"], r"member 'dcnv2\*0' is neither NAME nor NAME\*COUNT"),
-        (["dcnv2*00", "wukong"], r"member 'dcnv2\*00' is neither"),
-        (["dcnv2*"], "is neither"),
-        (["dcnv2*-1"], "is neither"),
-        (["dcnv2,wukong"], "is neither"),
-        ([""], "is neither"),
-        ([], "no member named; known backbones are .*dcnv2"),
-    ],
-)
-def test_texts_that_are_no_members(texts: list[str], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        parse_members(texts, seed=0)
-
-
 # Tables of all members
 
 
 def test_tables_take_no_memory_until_they_are_sharded() -> None:
-    model = RecModel(SCHEMA, JOB, CONFIG, BACKBONE_CONFIGS)
+    model = RecModel(SCHEMA, JOB)
     assert {p.device.type for p in model.embedding.parameters()} == {"meta"}
     assert {p.device.type for p in model.members.parameters()} == {"cpu"}
 
 
 def test_every_table_has_a_seed_of_its_own_that_no_other_member_changes() -> None:
     model = build()
-    seeds = {key: model.table_seed(key) for key in (f"{spec.name}/{name}" for spec in JOB for name in SCHEMA.sparse)}
+    seeds = {
+        key: model.table_start(key)[0] for key in (f"{spec.name}/{name}" for spec in JOB for name in SCHEMA.sparse)
+    }
     assert len(set(seeds.values())) == len(seeds) == len(JOB) * len(SCHEMA.sparse)
     for spec in JOB:
         alone = build([spec])
-        assert all(alone.table_seed(key) == seed for key, seed in seeds.items() if key.startswith(f"{spec.name}/"))
+        assert all(alone.table_start(key)[0] == seed for key, seed in seeds.items() if key.startswith(f"{spec.name}/"))
 
 
 def test_init_tables_fills_all_tables_and_nothing_else() -> None:
@@ -130,7 +94,7 @@ def test_init_tables_fills_all_tables_and_nothing_else() -> None:
     before = parameters(model.members)
     for weight in model.embedding.parameters():
         nn.init.constant_(weight, math.nan)
-    init_tables(model, seed_of=model.table_seed, scale=0.5)
+    init_tables(model, model.table_start)
     assert all(weight.isfinite().all() and weight.std() > 0.2 for weight in model.embedding.parameters())
     assert torch.equal(parameters(model.members), before)
 
@@ -215,7 +179,7 @@ def test_one_logit_a_member(dense: tuple[str, ...]) -> None:
 
 
 def test_shared_tables_serve_all_members() -> None:
-    model = build(config=ModelConfig(embedding_dim=8, tables="shared"))
+    model = build(members("dcnv2*2", "rankmixer", "wukong", tables="shared"))
     assert len(list(model.embedding.parameters())) == len(SCHEMA.sparse)
     for parameter in model.embedding.parameters():
         nn.init.zeros_(parameter)
@@ -347,4 +311,4 @@ def test_a_width_that_a_backbone_refuses_names_the_member(monkeypatch: pytest.Mo
 
     monkeypatch.setitem(BACKBONES, "wukong", Picky)
     with pytest.raises(InputError, match=r"^member wukong_2: num_fm is 2: 4 fields of 8 do not suit it"):
-        RecModel(SCHEMA, [MemberSpec("wukong_2", "wukong", 1)], CONFIG, BACKBONE_CONFIGS)
+        RecModel(SCHEMA, members("wukong:name=wukong_2"))

@@ -15,25 +15,25 @@ CHUNK_ELEMENTS = 1 << 22
 
 
 @torch.no_grad()
-def init_tables(module: nn.Module, *, seed_of: Callable[[str], str], scale: float) -> None:
+def init_tables(module: nn.Module, start: Callable[[str], tuple[str, float]]) -> None:
     """Fill every table shard under `module` with uniform values in [-scale, scale).
 
     Args:
         module: a sharded module whose state_dict holds tables as `embedding_bags.TABLE.weight`.
-        seed_of: name of a table to the text that its values are drawn from.
-        scale: half the width of the distribution.
+        start: name of a table to the text that its values are drawn from, and the scale, half the distribution's width.
     """
     for key, weight in module.state_dict().items():
         *_, parent, table, leaf = ["", "", *key.split(".")]
         if parent != "embedding_bags" or leaf != "weight":
             continue
+        seed, scale = start(table)
         if isinstance(weight, ShardedTensor):
             num_columns = weight.metadata().size[1]
             for shard in weight.local_shards():
                 row, column = shard.metadata.shard_offsets
-                fill_uniform(shard.tensor, seed_of(table), scale, first=(row, column), num_columns=num_columns)
+                fill_uniform(shard.tensor, seed, scale, first=(row, column), num_columns=num_columns)
         else:
-            fill_uniform(weight, seed_of(table), scale, first=(0, 0), num_columns=weight.size(1))
+            fill_uniform(weight, seed, scale, first=(0, 0), num_columns=weight.size(1))
 
 
 def fill_uniform(shard: Tensor, seed: str, scale: float, *, first: tuple[int, int], num_columns: int) -> None:

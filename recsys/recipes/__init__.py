@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from recsys.backbones.dcnv2 import DCNv2Config
-from recsys.model import BackboneConfigs, ModelConfig
+from recsys.members import BackboneConfigs, ModelConfig
 from recsys.training.optim import OptimizerConfig
 from recsys.training.trainer import LoopConfig, TrainConfig
 

@@ -1,6 +1,7 @@
 """Optimizers: Adagrad on tables, Adam on the rest, and one learning-rate schedule over both."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +13,11 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from recsys.embeddings.sharding import TableOptimizer
+from recsys.embeddings.tables import TABLE_SEPARATOR
+from recsys.members import MemberSpec
+
+# What stands before a table's and a member's name in the name of a parameter.
+TABLE, MEMBER = "embedding_bags.", ".by_name."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,24 +66,39 @@ class Optimizer:
 
     Tables that the plan made data-parallel are not in the fused optimizer; here they get the same Adagrad, so that a
     table is optimized alike under every plan.
+
+    Args:
+        model: sharded; tables whose members have a rate of their own were given it before (`own_table_lrs`).
+        config: kinds, rates and their schedule.
+        num_steps: where the schedule ends.
+        members: those with rates of their own have them.
     """
 
-    def __init__(self, model: DistributedModelParallel, config: OptimizerConfig, num_steps: int) -> None:
+    def __init__(
+        self, model: DistributedModelParallel, config: OptimizerConfig, num_steps: int, members: Sequence[MemberSpec]
+    ) -> None:
         self.config = config
         self.num_steps = num_steps
+        own = {spec.name: spec for spec in members}
         parts: list[tuple[str, KeyedOptimizer]] = [("tables", model.fused_optimizer)]
         rest = dict(in_backward_optimizer_filter(model.named_parameters()))
-        replicated = {name: rest.pop(name) for name in list(rest) if ".embedding_bags." in name}
-        parts.append(
-            ("dense", _keyed(rest, torch.optim.AdamW, lr=config.dense_lr, weight_decay=config.weight_decay, fused=True))
-        )
+        replicated = {name: rest.pop(name) for name in list(rest) if TABLE in name}
+
+        def dense_lr(name: str) -> float:
+            spec = own.get(name.partition(MEMBER)[2].partition(".")[0])
+            return config.dense_lr if spec is None or spec.dense_lr is None else spec.dense_lr
+
+        def table_lr(name: str) -> float:
+            spec = own.get(name.partition(TABLE)[2].partition(TABLE_SEPARATOR)[0])
+            return config.table_lr if spec is None or spec.table_lr is None else spec.table_lr
+
+        parts.append(("dense", _keyed(rest, dense_lr, torch.optim.AdamW, weight_decay=config.weight_decay, fused=True)))
         if replicated:
             kind = RowWiseAdagrad if config.tables == "rowwise_adagrad" else torch.optim.Adagrad
-            parts.append(("replicated_tables", _keyed(replicated, kind, lr=config.table_lr, eps=config.table_eps)))
+            parts.append(("replicated_tables", _keyed(replicated, table_lr, kind, eps=config.table_eps)))
         self.combined = CombinedOptimizer(parts)
-        self._base_lrs = [
-            config.dense_lr if name == "dense" else config.table_lr for name, part in parts for _ in part.param_groups
-        ]
+        self._base_lrs = [group["lr"] for group in self.combined.param_groups]
+        _make_state(parts[1][1])
 
     def schedule(self, step: int) -> None:
         """Set the learning rates of `step`."""
@@ -86,13 +107,37 @@ class Optimizer:
             group["lr"] = base * factor
 
 
-def _keyed(params: dict[str, nn.Parameter], kind: type[torch.optim.Optimizer], **options: Any) -> KeyedOptimizer:
-    optimizer = KeyedOptimizerWrapper(params, lambda p: kind(p, **options))
-    if kind is torch.optim.AdamW:
-        # A fresh Adam has no state, and loading a checkpoint would skip it and say nothing. init_state() makes it by a
-        # step on zero gradients, which must neither decay a parameter nor count; `schedule` sets the learning rate.
-        optimizer.param_groups[0]["lr"] = 0.0
-        optimizer.init_state()
-        for state in optimizer.state.values():
-            state["step"].zero_()
-    return optimizer
+def own_table_lrs(tables: nn.Module, members: Sequence[MemberSpec]) -> None:
+    """Give tables of members with a rate of their own that rate; TorchRec reads it when it shards them."""
+    own = {spec.name: spec.table_lr for spec in members if spec.table_lr is not None}
+    for name, weight in tables.named_parameters():
+        lr = own.get(name.partition(TABLE)[2].partition(TABLE_SEPARATOR)[0])
+        if lr is not None:
+            weight._optimizer_kwargs = [{"learning_rate": lr}]  # type: ignore[attr-defined]
+
+
+def _keyed(
+    params: dict[str, nn.Parameter],
+    lr_of: Callable[[str], float],
+    kind: type[torch.optim.Optimizer],
+    **options: Any,
+) -> KeyedOptimizer:
+    """One optimizer, with a group of parameters for each learning rate."""
+    by_lr: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in params.items():
+        by_lr.setdefault(lr_of(name), []).append(parameter)
+    groups = [{"params": group, "lr": lr} for lr, group in by_lr.items()]
+    return KeyedOptimizerWrapper(params, lambda _: kind(groups, **options))
+
+
+def _make_state(adam: KeyedOptimizer) -> None:
+    """Make the state that a fresh Adam lacks: loading a checkpoint would skip what is not there and say nothing.
+
+    init_state() makes it by a step on zero gradients, which must neither decay a parameter nor count; `schedule` sets
+    the learning rates.
+    """
+    for group in adam.param_groups:
+        group["lr"] = 0.0
+    adam.init_state()
+    for state in adam.state.values():
+        state["step"].zero_()

@@ -20,14 +20,15 @@ from recsys.data.schema import Schema
 from recsys.distributed import World, mean_over_ranks, on_every, on_first
 from recsys.embeddings.init import init_tables
 from recsys.embeddings.sharding import ShardingType, TableSharder, allowed_types, describe_plan, make_plan
+from recsys.members import BackboneConfigs, ModelConfig, parse_members
 from recsys.merge.rules import RULES
-from recsys.model import BackboneConfigs, ModelConfig, RecModel, parse_members
+from recsys.model import RecModel
 from recsys.place import Place
 from recsys.progress import progress
 from recsys.tasks.click import ClickTask, Outputs
 from recsys.training import checkpoint
 from recsys.training.metrics import ClickMetrics
-from recsys.training.optim import Optimizer, OptimizerConfig
+from recsys.training.optim import Optimizer, OptimizerConfig, own_table_lrs
 from recsys.training.predict import Predictions, member_metrics, predict
 from recsys.training.run import RunFolder
 
@@ -67,7 +68,8 @@ class TrainConfig:
     out: Path
     """Run folder to make."""
     members: tuple[str, ...] = ("dcnv2", "wukong", "rankmixer")
-    """Backbones to train side by side and merge; NAME*COUNT takes that many seeds of one."""
+    """Backbones to train side by side and merge; NAME*COUNT takes that many seeds of one, and options may follow:
+    dcnv2:width=2,dense_lr=3e-4 (see the README)."""
     seed: int = 0
     """Seed of all that is random in the members; the order of rows has one of its own."""
     loss: Literal["independent", "joint"] = "independent"
@@ -85,7 +87,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.merge not in RULES:
             raise ValueError(f"unknown merge rule {self.merge!r}; {nearest(self.merge, RULES)}")
-        parse_members(self.members, self.seed)
+        parse_members(self.members, self.seed, self.model, self.backbones)
 
 
 # What a resumed run may do otherwise: how long it goes on, what it reports and where it stands.
@@ -122,12 +124,13 @@ class Trainer:
         loop = config.train
         self.schema, self.loader = on_every(lambda: (Schema.load(config.data), self._loader("train")))
         self.valid_loader = self.held_out("valid")
-        self.specs = parse_members(config.members, config.seed)
+        self.specs = parse_members(config.members, config.seed, config.model, config.backbones)
 
         # The order matters: tables are planned while they are on the meta device, take memory only as shards, and get
         # their values only then; what is data-parallel is known only after sharding.
         torch.manual_seed(config.seed)
-        model = RecModel(self.schema, self.specs, config.model, config.backbones)
+        model = RecModel(self.schema, self.specs)
+        own_table_lrs(model.embedding, self.specs)
         sharder = TableSharder(fused_params=config.optimizer.table_optimizer.fused_params)
         task = ClickTask(model, config.loss)
         plan = make_plan(
@@ -140,9 +143,9 @@ class Trainer:
         )
         self.plan = describe_plan(plan)
         self.task = DistributedModelParallel(task, device=world.device, plan=plan, sharders=[sharder])
-        init_tables(self.task, seed_of=model.table_seed, scale=config.model.init_scale)
+        init_tables(self.task, model.table_start)
         self.num_steps = loop.num_steps or loop.num_epochs * self.loader.steps_per_epoch
-        self.optimizer = Optimizer(self.task, config.optimizer, self.num_steps)
+        self.optimizer = Optimizer(self.task, config.optimizer, self.num_steps, self.specs)
         self.members = model.members
         self.pipeline = TrainPipelineSparseDist(self.task, self.optimizer.combined, world.device)
         self.step = 0

@@ -17,7 +17,7 @@ from recsys.backbones.dcnv2 import DCNv2Config
 from recsys.backbones.rankmixer import RankMixerConfig
 from recsys.backbones.wukong import WukongConfig
 from recsys.distributed import World, mean_over_ranks, process_group
-from recsys.model import BackboneConfigs, ModelConfig
+from recsys.members import BackboneConfigs, ModelConfig
 from recsys.training.optim import OptimizerConfig
 from recsys.training.trainer import LoopConfig, TrainConfig, Trainer
 

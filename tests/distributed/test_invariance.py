@@ -88,6 +88,25 @@ def test_members_do_not_share_a_random_stream(prepared: Path) -> None:
     np.testing.assert_allclose(alone.losses_SM[:, 0], together.losses_SM[:, 1], atol=LOSS_TOLERANCE, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:fbgemm..dense_embedding_codegen_lookup_function")
+@pytest.mark.parametrize("sharding", ["table_wise", "data_parallel"])
+def test_a_member_with_sizes_and_rates_of_its_own_trains_as_in_a_job_that_has_them(
+    prepared: Path, sharding: str
+) -> None:
+    own = "wukong:dense_lr=0.003,table_lr=0.02,embedding_dim=16,head_hidden=8,init_scale=0.2,seed=5"
+    job = {"dense_lr": 0.003, "table_lr": 0.02, "embedding_dim": 16, "head_hidden": (8,), "init_scale": 0.2, "seed": 5}
+    together, alone, usual = train_here(
+        [
+            small_config(prepared, members=("dcnv2", own), sharding=sharding),
+            small_config(prepared, members=("wukong",), sharding=sharding, **job),
+            small_config(prepared, members=("dcnv2",), sharding=sharding),
+        ]
+    )
+    np.testing.assert_allclose(together.losses_SM[:, 1], alone.losses_SM[:, 0], atol=LOSS_TOLERANCE, rtol=0)
+    np.testing.assert_allclose(together.losses_SM[:, 0], usual.losses_SM[:, 0], atol=LOSS_TOLERANCE, rtol=0)
+    assert abs(together.losses_SM[-1, 1] - together.losses_SM[-1, 0]) > 1e-3
+
+
 def test_seeds_of_one_backbone_differ(prepared: Path) -> None:
     (outcome,) = train_here([small_config(prepared, members=("dcnv2*2",), num_steps=5)])
     assert abs(outcome.logits_NM[:, 0] - outcome.logits_NM[:, 1]).max() > 1e-3

@@ -1,0 +1,238 @@
+"""Members: what each is made of, read from texts like `wukong*4` or `dcnv2:name=wide,width=4,dense_lr=3e-4`."""
+
+import dataclasses
+import json
+import re
+import typing
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from recsys.backbones import BACKBONES
+from recsys.config import InputError, dump, load, nearest
+
+# Between the seeds of members of one backbone, so that jobs of seed 0, 1, 2, ... have no member in common.
+SEED_STRIDE = 1000
+
+if TYPE_CHECKING:
+    BackboneConfigs = Any
+else:
+    BackboneConfigs = dataclasses.make_dataclass(
+        "BackboneConfigs",
+        [(name, kind.Config, dataclasses.field(default=kind.Config())) for name, kind in BACKBONES.items()],
+        frozen=True,
+        kw_only=True,
+    )
+    BackboneConfigs.__module__ = __name__
+    BackboneConfigs.__doc__ = "Settings of each backbone, under its name."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What all members have, unless a member says otherwise."""
+
+    embedding_dim: int = 16
+    """Columns of every table; a multiple of 4."""
+    embedding_dropout: float = 0.0
+    """Share of embedding values that are dropped in training, before the backbone."""
+    dense_hidden: tuple[int, ...] = (64,)
+    """Hidden widths of the layers that turn the dense columns into one more field."""
+    head_hidden: tuple[int, ...] = ()
+    """Hidden widths between a backbone and its logit; Wukong and RankMixer gain by some."""
+    init_scale: float = 0.01
+    """Tables start uniform in [-init_scale, init_scale)."""
+    tables: Literal["private", "shared"] = "private"
+    """Whether each member has tables of its own; members that share tables are not independent."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the members: bf16 is autocast, with parameters and tables in fp32."""
+
+    def __post_init__(self) -> None:
+        if self.embedding_dim < 4 or self.embedding_dim % 4:
+            right = max(4, -(-self.embedding_dim // 4) * 4)
+            raise ValueError(f"embedding_dim {self.embedding_dim} must be a multiple of 4; {right} is")
+        if not 0 <= self.embedding_dropout < 1:
+            raise ValueError(f"embedding_dropout {self.embedding_dropout} must lie in [0, 1)")
+        for name in ("dense_hidden", "head_hidden"):
+            if any(width < 1 for width in getattr(self, name)):
+                raise ValueError(f"{name} {getattr(self, name)} must hold widths of at least 1")
+
+
+OF_THE_JOB = ("tables", "precision")
+"""Fields of ModelConfig that no member can have otherwise than the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberSpec:
+    """One member: which backbone of what size, and the seed of all that is random in it."""
+
+    name: str
+    backbone: str
+    seed: int
+    model: ModelConfig
+    sizes: Any
+    """The backbone's config."""
+    dense_lr: float | None = None
+    table_lr: float | None = None
+    """Learning rates, where they are not the job's."""
+
+
+_MEMBER = re.compile(r"(?P<backbone>\w+)(?:\*(?P<count>[1-9]\d*))?(?P<options>:.*)?", re.ASCII)
+_RESERVED = ("merged", "shared")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Own:
+    """Options that are a member's alone."""
+
+    name: str | None = None
+    seed: int | None = None
+    dense_lr: float | None = None
+    table_lr: float | None = None
+    width: float = 1.0
+    depth: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("dense_lr", "table_lr"):
+            lr = getattr(self, name)
+            if lr is not None and not lr > 0:
+                raise ValueError(f"{name} {lr} must be above 0")
+        for name in ("width", "depth"):
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+
+
+def parse_members(
+    texts: Sequence[str], seed: int, model: ModelConfig | None = None, backbones: BackboneConfigs | None = None
+) -> tuple[MemberSpec, ...]:
+    """Read members: `NAME`, `NAME*COUNT`, each with options `:KEY=VALUE,KEY=VALUE`.
+
+    The first member of a backbone gets `seed`, its next ones seed + 1000, ...; so a member's name and seed do not
+    depend on which others are asked for. Options are `name`, `seed`, `dense_lr`, `table_lr`, `width` and `depth` (rungs
+    of the backbone's ladder: about that many times the work), the backbone's own fields, and those of ModelConfig that
+    are not the whole job's. Widths of several layers are written 256-128.
+
+    Raises:
+        InputError: an unknown backbone or option, with the nearest right ones, a value that cannot be, or no member.
+    """
+    model, backbones = model or ModelConfig(), backbones or BackboneConfigs()
+    members: list[MemberSpec] = []
+    counts: Counter[str] = Counter()
+    for text in texts:
+        match = _MEMBER.fullmatch(text)
+        if not match:
+            raise InputError(
+                f"member {text!r} is neither NAME nor NAME*COUNT, like dcnv2 or dcnv2*4, with options like "
+                "dcnv2:width=2,dense_lr=3e-4"
+            )
+        backbone = match["backbone"]
+        if backbone not in BACKBONES:
+            raise InputError(f"unknown backbone {backbone!r}; {nearest(backbone, BACKBONES)}")
+        own, of_model, sizes = _options(match["options"] or "", text, model, getattr(backbones, backbone))
+        for index in range(int(match["count"] or 1)):
+            number = counts[backbone]
+            counts[backbone] += 1
+            name = _numbered(own.name, index) if own.name else _numbered(backbone, number)
+            own_seed = seed + number * SEED_STRIDE if own.seed is None else own.seed + index * SEED_STRIDE
+            members.append(
+                MemberSpec(
+                    name=name,
+                    backbone=backbone,
+                    seed=own_seed,
+                    model=of_model,
+                    sizes=sizes,
+                    dense_lr=own.dense_lr,
+                    table_lr=own.table_lr,
+                )
+            )
+    _check(members)
+    return tuple(members)
+
+
+def _numbered(name: str, index: int) -> str:
+    return name if index == 0 else f"{name}_{index + 1}"
+
+
+def _check(members: list[MemberSpec]) -> None:
+    if not members:
+        raise InputError(f"no member named; known backbones are {', '.join(BACKBONES)}")
+    names = Counter(member.name for member in members)
+    for member in members:
+        if names[member.name] > 1 or member.name in _RESERVED or not re.fullmatch(r"\w+", member.name, re.ASCII):
+            raise InputError(
+                f"member name {member.name!r} cannot be: names are words, each taken once, and none of "
+                f"{', '.join(_RESERVED)}"
+            )
+    dims = {member.model.embedding_dim for member in members}
+    if members[0].model.tables == "shared" and len(dims) > 1:
+        raise InputError(f"members that share tables need one embedding_dim, not {', '.join(map(str, sorted(dims)))}")
+
+
+def _options(text: str, where: str, model: ModelConfig, sizes: Any) -> tuple[_Own, ModelConfig, Any]:
+    """Read what follows a member's colon, over its defaults."""
+    parts: tuple[Any, ...] = (_Own(), model, sizes)
+    hints = [typing.get_type_hints(type(part)) for part in parts]
+    known = {key for hint in hints for key in hint} - set(OF_THE_JOB)
+    changes: list[dict[str, Any]] = [{}, {}, {}]
+    for option in filter(None, text.removeprefix(":").split(",")):
+        key, equals, value = option.partition("=")
+        if not equals or key not in known:
+            told = f"the whole job has one {key}" if key in OF_THE_JOB else nearest(key, sorted(known))
+            raise InputError(f"member {where!r}: {option!r} is no option KEY=VALUE; {told}")
+        for hint, change in zip(hints, changes, strict=True):
+            if key in hint:
+                change[key] = _value(value, hint[key])
+    read = [
+        load(type(part), dump(part) | change, f"member {where!r}") for part, change in zip(parts, changes, strict=True)
+    ]
+    own, of_model, of_backbone = read
+    try:
+        return own, of_model, of_backbone.ladder(own.width, "width").ladder(own.depth, "depth")
+    except ValueError as error:
+        raise InputError(f"member {where!r}: {error}") from None
+
+
+def _value(text: str, hint: Any) -> Any:
+    """Read an option's text as JSON would have it for a field of this type."""
+    if typing.get_origin(hint) is tuple:
+        return [int(width) if width.isdigit() else width for width in filter(None, text.split("-"))]
+    if text.lower() == "none":
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, int | float) else text
+
+
+def describe_member(spec: MemberSpec, model: ModelConfig, backbones: BackboneConfigs) -> str:
+    """Write a member as a text that `parse_members` reads back, beside a job's own `model` and `backbones`."""
+    options: dict[str, Any] = {"name": spec.name, "seed": spec.seed}
+    options |= {key: getattr(spec, key) for key in ("dense_lr", "table_lr") if getattr(spec, key) is not None}
+    for now, usual in ((spec.model, model), (spec.sizes, getattr(backbones, spec.backbone))):
+        fields = (field.name for field in dataclasses.fields(now))
+        options |= {key: getattr(now, key) for key in fields if getattr(now, key) != getattr(usual, key)}
+    for key in OF_THE_JOB:
+        if key in options:
+            raise InputError(f"member {spec.name} has {key} {options[key]}, where the job has {getattr(model, key)}")
+    return f"{spec.backbone}:" + ",".join(f"{key}={_text(value)}" for key, value in options.items())
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "-".join(map(str, value))
+    return value if isinstance(value, str) else json.dumps(value) if isinstance(value, bool | float) else str(value)
+
+
+def renamed(members: Sequence[MemberSpec], taken: Mapping[str, object]) -> tuple[MemberSpec, ...]:
+    """Give members names that are not `taken`, numbering up."""
+    names = set(taken)
+    out: list[MemberSpec] = []
+    for member in members:
+        index, name = 0, member.name
+        while name in names:
+            index += 1
+            name = _numbered(re.sub(r"_\d+$", "", member.name), index)
+        names.add(name)
+        out.append(replace(member, name=name))
+    return tuple(out)
