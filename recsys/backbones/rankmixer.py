@@ -4,17 +4,17 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from recsys.backbones.base import Along, Backbone
-from recsys.backbones.layers import Dropout, check_sizes, deeper, wider
+from recsys.backbones.layers import check_sizes, deeper, wider
+from recsys.backbones.tokens import SparseMoE, TokenLinear, token_ffn
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankMixerConfig:
-    """Sizes of a RankMixer: about 2 * expansion * num_layers * num_tokens * token_dim^2 parameters."""
+    """Sizes of a RankMixer: about 2 * expansion * num_layers * num_tokens * token_dim^2 parameters, for each expert."""
 
     num_tokens: int = 8
     """Tokens (T) that the concatenated fields are cut into; also the heads that mixing splits a token in."""
@@ -28,6 +28,15 @@ class RankMixerConfig:
     expansion: int = 4
     """Hidden width of the feed-forward networks, in multiples of token_dim (k)."""
 
+    num_experts: int | None = None
+    """Feed-forward networks that each token routes among (E), see `SparseMoE`; None is one, without a router."""
+
+    target_active: float = 0.5
+    """Share of open gates among a block's tokens and experts that training steers every row to, given num_experts."""
+
+    l1: float = 0.1
+    """Weight of the penalty on gates that steers there; 0 for none."""
+
     dropout: float = 0.0
     """Share of each feed-forward network's hidden activations dropped in training."""
 
@@ -38,7 +47,14 @@ class RankMixerConfig:
             token_dim=self.token_dim,
             num_layers=self.num_layers,
             expansion=self.expansion,
+            num_experts=self.num_experts,
         )
+        if self.num_experts == 1:
+            raise ValueError("num_experts is 1: give 2 or more, or None for one network without a router")
+        if not 0.0 < self.target_active <= 1.0:
+            raise ValueError(f"target_active is {self.target_active}: give more than 0 and at most 1")
+        if self.l1 < 0.0:
+            raise ValueError(f"l1 is {self.l1}: give 0 or more")
         below = self.token_dim // self.num_tokens * self.num_tokens
         if below != self.token_dim:
             above = below + self.num_tokens
@@ -57,39 +73,23 @@ class RankMixerConfig:
 _DEFAULT = RankMixerConfig()
 
 
-class TokenLinear(nn.Module):
-    """A linear layer of its own for each of T tokens, y_t = x_t W_t + b_t, as one batched matmul."""
-
-    def __init__(self, num_tokens: int, in_dim: int, out_dim: int) -> None:
-        super().__init__()
-        # Xavier over one token's matrix; nn.init.xavier_uniform_ would take the token axis for part of the fan.
-        bound = math.sqrt(6.0 / (in_dim + out_dim))
-        self.weight_TKN = nn.Parameter(torch.empty(num_tokens, in_dim, out_dim).uniform_(-bound, bound))
-        self.bias_TN = nn.Parameter(torch.zeros(num_tokens, out_dim))
-
-    def forward(self, x_BTK: Tensor) -> Tensor:
-        """Map tokens [B, T, in_dim] to [B, T, out_dim]."""
-        y_TBN = torch.baddbmm(self.bias_TN.unsqueeze(1), x_BTK.transpose(0, 1), self.weight_TKN)
-        return y_TBN.transpose(0, 1)
-
-
 class RankMixerBlock(nn.Module):
     """Tokens [B, T, D] in and out: S = LN(Mix(X) + X), X' = LN(PFFN(S) + S), each LN over D alone.
 
     Mix: token h of Mix(X) is the concatenation over t of head h of x_t, each x_t split in T heads of D / T.
-    PFFN: x_t -> GELU(x_t W1_t + b1_t) W2_t + b2_t, D -> expansion * D -> D, with own weights for each token.
+    PFFN: x_t -> GELU(x_t W1_t + b1_t) W2_t + b2_t, D -> expansion * D -> D, with own weights for each token; or, given
+    num_experts, `SparseMoE`.
     """
 
     def __init__(self, config: RankMixerConfig) -> None:
         super().__init__()
-        hidden_dim = config.expansion * config.token_dim
         self.heads_shape = (-1, config.num_tokens, config.num_tokens, config.token_dim // config.num_tokens)
         self.mix_norm = nn.LayerNorm(config.token_dim)
-        self.ffn = nn.Sequential(
-            TokenLinear(config.num_tokens, config.token_dim, hidden_dim),
-            nn.GELU(),
-            Dropout(config.dropout),
-            TokenLinear(config.num_tokens, hidden_dim, config.token_dim),
+        sizes = (config.num_tokens, config.token_dim, config.expansion * config.token_dim, config.dropout)
+        self.ffn = (
+            token_ffn(*sizes)
+            if config.num_experts is None
+            else SparseMoE(*sizes, config.num_experts, config.target_active, config.l1)
         )
         self.ffn_norm = nn.LayerNorm(config.token_dim)
 
@@ -126,5 +126,5 @@ class RankMixer(Backbone):
         return x_BTD.mean(dim=1)
 
     def flops(self) -> int:
-        """Every token's weights are applied once."""
+        """Every weight is applied once, those of closed experts too."""
         return sum(2 * part.weight_TKN.numel() for part in self.modules() if isinstance(part, TokenLinear))
