@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from recsys.backbones.base import Along, Backbone
-from recsys.backbones.layers import check_sizes, deeper_mlp, linear_flops, mlp, wider_mlp
+from recsys.backbones.layers import PairProducts, check_sizes, deeper_mlp, linear_flops, mlp, wider_mlp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,24 +41,18 @@ class DLRM(Backbone):
     """
 
     Config: ClassVar[type] = DLRMConfig
-    pairs: Tensor
 
     def __init__(self, num_fields: int, dim: int, config: DLRMConfig = _DEFAULT) -> None:
         super().__init__()
-        self.num_fields, self.dim = num_fields, dim
-        # Where the products i < j stand in the flattened matrix of all.
-        i, j = torch.triu_indices(num_fields, num_fields, offset=1)
-        self.register_buffer("pairs", i * num_fields + j, persistent=False)
-        self.mlp = mlp(dim + len(self.pairs), config.hidden, config.dropout)
+        self.products = PairProducts(num_fields, dim)
+        self.mlp = mlp(dim + len(self.products.pairs), config.hidden, config.dropout)
         self.out_dim = config.hidden[-1]
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """Map field embeddings [B, F, D] to [B, out_dim]."""
-        dots_BFF = torch.bmm(x_BFD, x_BFD.transpose(1, 2))
-        dots_BK = dots_BFF.flatten(1).index_select(1, self.pairs)
-        h_BO: Tensor = self.mlp(torch.cat([x_BFD[:, -1], dots_BK], dim=1))
+        h_BO: Tensor = self.mlp(torch.cat([x_BFD[:, -1], self.products(x_BFD)], dim=1))
         return h_BO
 
     def flops(self) -> int:
-        """The products of all fields with all (half of them are used), and the MLP."""
-        return 2 * self.num_fields**2 * self.dim + linear_flops(self.mlp)
+        """Products of all fields with all, and the MLP."""
+        return self.products.flops() + linear_flops(self.mlp)

@@ -40,6 +40,27 @@ class Dropout(nn.Module):
         return x * mask.div_(1.0 - self.p)
 
 
+class PairProducts(nn.Module):
+    """Inner products of all pairs of fields, [B, F, D] -> [B, F (F - 1) / 2]: <x_i, x_j> for i < j, row by row."""
+
+    pairs: Tensor
+
+    def __init__(self, num_fields: int, dim: int) -> None:
+        super().__init__()
+        self.num_fields, self.dim = num_fields, dim
+        # Where the products i < j stand in the flattened matrix of all.
+        i, j = torch.triu_indices(num_fields, num_fields, offset=1)
+        self.register_buffer("pairs", i * num_fields + j, persistent=False)
+
+    def forward(self, x_BFD: Tensor) -> Tensor:
+        """Multiply all with all at once, and keep one half."""
+        return (x_BFD @ x_BFD.transpose(1, 2)).flatten(1).index_select(1, self.pairs)
+
+    def flops(self) -> int:
+        """All F * F products of a row, of which less than half are used."""
+        return 2 * self.num_fields**2 * self.dim
+
+
 def linear(in_dim: int, out_dim: int, bias: bool = True) -> nn.Linear:
     """Make a linear layer with Xavier-uniform weights and zero bias."""
     layer = nn.Linear(in_dim, out_dim, bias=bias)
