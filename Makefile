@@ -62,5 +62,5 @@ demo: $(INSTALLED) ## From a synthetic log to the evaluation of three merged mem
 
 clean: ## Remove everything that make made, .venv and the demo too
 	test ! -e "$(DEMO)/.made-by-demo" || rm -rf -- "$(DEMO)"
-	rm -rf -- $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf -- $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,8 +18,8 @@ from recsys.config import InputError, load_file, nearest
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from recsys.training.config import TrainConfig
     from recsys.training.metrics import ClickMetrics
-    from recsys.training.trainer import TrainConfig
 
 T = TypeVar("T")
 
@@ -44,6 +44,8 @@ VERBS = {
     "data": "download, verify or show data: `recsys data --help`",
     "train": "train members over sharded tables, merge them, write a run folder",
     "evaluate": "metrics of a run's members and their merge on held-out rows",
+    "merge": "make one run of the members of several, or one file of several files of predictions",
+    "predict": "write predictions of a run, by all members, some, or as many as a time budget allows",
     "doctor": "check that the environment works, and say what mends it",
 }
 
@@ -193,7 +195,7 @@ def _data_show(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     _quieten_libraries()
     from recsys.recipes import RECIPES
-    from recsys.training.trainer import TrainConfig
+    from recsys.training.config import TrainConfig
 
     if not arguments or arguments[0] in ("-h", "--help"):
         names = "\n".join(f"  {name:<22}{make.__doc__}" for name, make in RECIPES.items())
@@ -216,7 +218,7 @@ def _train(arguments: list[str]) -> int:
 
 def _recipe(name: str) -> "TrainConfig":
     from recsys.recipes import RECIPES
-    from recsys.training.trainer import TrainConfig
+    from recsys.training.config import TrainConfig
 
     if name in RECIPES:
         return RECIPES[name]()
@@ -248,6 +250,40 @@ def _evaluate(arguments: list[str]) -> int:
         metrics = evaluate(config, world)
     if metrics:
         _print_metrics(f"{config.run}: {config.split}", metrics)
+    return 0
+
+
+def _merge(arguments: list[str]) -> int:
+    _quieten_libraries()
+    from recsys.studies.merge_runs import MergeConfig, merge_runs
+
+    config = _parse(MergeConfig, "merge", arguments)
+    if config.of_files:
+        from recsys.studies.merge_files import merge_files
+
+        _print_metrics(f"{config.out}", merge_files(config))
+        return 0
+    from recsys.distributed import process_group
+
+    with process_group() as world:
+        metrics = merge_runs(config, world)
+    if metrics:
+        _print_metrics(f"{config.out}: validation", metrics)
+    return 0
+
+
+def _predict(arguments: list[str]) -> int:
+    _quieten_libraries()
+    from recsys.distributed import process_group
+    from recsys.training.answer import PredictConfig, answer
+
+    config = _parse(PredictConfig, "predict", arguments)
+    with process_group() as world:
+        found = answer(config, world)
+    if found:
+        _print_metrics(f"{config.out}: {config.split}", found.metrics)
+        if found.timing:
+            print(", ".join(f"{name} {value}" for name, value in found.timing.items()))
     return 0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from recsys.backbones.dcnv2 import DCNv2Config
 from recsys.members import BackboneConfigs, ModelConfig
 from recsys.training.optim import OptimizerConfig
-from recsys.training.trainer import LoopConfig, TrainConfig
+from recsys.training.config import LoopConfig, TrainConfig
 
 
 def criteo_kaggle() -> TrainConfig:

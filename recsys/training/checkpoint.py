@@ -2,16 +2,21 @@
 
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from recsys.training.optim import Optimizer
+from recsys.embeddings.tables import TABLE_SEPARATOR
+from recsys.training.optim import MEMBER, TABLE, Optimizer
 
 NAME = re.compile(r"step-(\d+)")
+# A member's name in that of one of its layers or tables, or of a table's state (`MEMBER/FEATURE.momentum1`).
+_OWNER = re.compile(rf"(?:{re.escape(MEMBER)}|{re.escape(TABLE)}|^(?=\w+{TABLE_SEPARATOR}))(?P<name>\w+)")
 
 
 def save(folder: Path, step: int, model: DistributedModelParallel, optimizer: Optimizer, config: Path) -> Path:
@@ -56,6 +61,40 @@ def load(path: Path, model: DistributedModelParallel, optimizer: Optimizer | Non
     if optimizer is not None:
         optimizer.combined.load_state_dict(state["optimizer"])
     return int(state["step"])
+
+
+def load_members(
+    sources: Sequence[tuple[Path, Mapping[str, str]]], model: DistributedModelParallel, optimizer: Optimizer
+) -> int:
+    """Load members from checkpoints of several runs, with their optimizers' state; returns the highest of their steps.
+
+    Args:
+        sources: checkpoints, and for each of its members that is wanted, the name here to the name there.
+        model: holds all of them; each has tables of its own.
+        optimizer: of the model.
+    """
+    state, steps = _state(model, optimizer, 0), []
+    for path, names in sources:
+        part: dict[str, Any] = {"model": {}, "optimizer": {"state": {}}, "step": torch.tensor(0)}
+        for here, there in names.items():
+            part["model"] |= _renamed(state["model"], here, there)
+            of_member = _renamed(state["optimizer"]["state"], here, there)
+            part["optimizer"]["state"] |= {key: _renamed(values, here, there) for key, values in of_member.items()}
+        dcp.load(part, checkpoint_id=str(path))
+        steps.append(int(part["step"]))
+    model.load_state_dict(state["model"])
+    optimizer.combined.load_state_dict(state["optimizer"])
+    return max(steps)
+
+
+def _renamed(values: Mapping[str, Any], here: str, there: str) -> dict[str, Any]:
+    """Take what is of the member `here`, or of no member, under the names that it has for the member `there`."""
+    found = {}
+    for key, value in values.items():
+        match = _OWNER.search(key)
+        if match is None or match["name"] == here:
+            found[key if match is None else f"{key[: match.start('name')]}{there}{key[match.end('name') :]}"] = value
+    return found
 
 
 def _state(model: DistributedModelParallel, optimizer: Optimizer | None, step: int) -> dict:

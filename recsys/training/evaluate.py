@@ -1,23 +1,21 @@
 """Evaluate: a run's members and their merge on held-out rows, beside what is best possible where that is known."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import polars as pl
 from tyro.conf import Positional
 
-from recsys.config import InputError, load_file, write_whole
-from recsys.data.schema import SPLITS, Schema
+from recsys.config import InputError, write_whole
+from recsys.data.schema import SPLITS
 from recsys.data.split import split_of
 from recsys.distributed import World, on_first
 from recsys.place import Place
-from recsys.training import checkpoint
 from recsys.training.metrics import ClickMetrics, click_metrics
-from recsys.training.predict import Predictions
-from recsys.training.run import RunFolder
-from recsys.training.trainer import TrainConfig, Trainer
+from recsys.training.predict import Predictor
+from recsys.training.predictions import Predictions, member_metrics
 
 BAYES_OPTIMAL = "Bayes-optimal"
 
@@ -44,26 +42,18 @@ def evaluate(config: EvaluateConfig, world: World) -> dict[str, ClickMetrics] | 
     Raises:
         InputError: no run, no checkpoint, or data that does not fit it.
     """
-    run = RunFolder.existing(config.run)
-    train_config = load_file(TrainConfig, run.config)
-    if config.data:
-        train_config = replace(train_config, data=config.data)
-    run.check_schema(Schema.load(train_config.data))
-    newest = on_first(lambda: checkpoint.newest(run.checkpoints))
-    if newest is None:
-        raise InputError(f"{run.checkpoints}: no checkpoint in it; the run has not saved one yet")
     if config.json and not config.json.absolute().parent.is_dir():
         raise InputError(f"--json {config.json}: no such folder to write it to")
-    trainer = Trainer(train_config, world)
-    trainer.load(newest, with_optimizer=False)
-    predictions = trainer.predict(trainer.held_out(config.split))
+    predictor = Predictor(config.run, world, data=config.data)
+    merge = on_first(predictor.merge)
+    predictions = predictor.predict(config.split)
     if predictions is None:
         return None
-    metrics = trainer.metrics(predictions)
+    metrics = member_metrics(predictions, merge)
     if config.truth:
-        metrics[BAYES_OPTIMAL] = _bayes_optimal(config.truth, train_config.data, config.split, predictions)
+        metrics[BAYES_OPTIMAL] = _bayes_optimal(config.truth, predictor.config.data, config.split, predictions)
     if config.json:
-        values = {"run": str(config.run), "split": config.split, "step": trainer.step}
+        values = {"run": str(config.run), "split": config.split, "step": predictor.step}
         values["metrics"] = {name: asdict(member) for name, member in metrics.items()}
         write_whole(config.json, json.dumps(values, indent=2) + "\n")
     return metrics

@@ -1,32 +1,106 @@
-"""Predict: logits of every member on held-out rows, each row exactly once, and their metrics."""
+"""Predict: logits of a run's members on held-out rows, each row exactly once."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from recsys.config import InputError, load_file, nearest
 from recsys.data.batch import Batch, to_device
-from recsys.distributed import World, gather_to_first
+from recsys.data.loader import Loader
+from recsys.data.schema import Schema
+from recsys.distributed import World, gather_to_first, on_every, on_first
+from recsys.members import MemberSpec
+from recsys.merge.rules import FITTED, Merge
 from recsys.tasks.click import Outputs
-from recsys.training.metrics import ClickMetrics, click_metrics
+from recsys.training import checkpoint
+from recsys.training.config import TrainConfig
+from recsys.training.predictions import Predictions
+from recsys.training.run import RunFolder
+from recsys.training.sharded import held_out, shard
 
-MERGED = "merged"
+
+class Predictor:
+    """Members of a run at its newest checkpoint, sharded over the job's ranks, without what training needs.
+
+    Args:
+        path: run folder.
+        world: the job.
+        members: which of them, by name; all where left out. No others are built or read.
+        data: prepared folder, where it is not the one that the run was trained on.
+        batch_size: rows of a global batch, where it is not that of training.
+
+    Raises:
+        InputError: no run, no checkpoint, an unknown member, or data that does not fit the run.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        world: World,
+        members: Sequence[str] | None = None,
+        data: Path | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        self.world = world
+        self.run = RunFolder.existing(path)
+        config = load_file(TrainConfig, self.run.config)
+        loop = replace(config.train, batch_size=batch_size or config.train.batch_size)
+        self.config = replace(config, data=data or config.data, train=loop)
+        self.schema = on_every(lambda: Schema.load(self.config.data))
+        self.run.check_schema(self.schema)
+        newest = on_first(lambda: checkpoint.newest(self.run.checkpoints))
+        if newest is None:
+            raise InputError(f"{self.run.checkpoints}: no checkpoint in it; the run has not saved one yet")
+        self.specs = [self._spec(name) for name in members] if members else list(self.config.specs())
+        local_batch_size = max(self.config.train.batch_size // world.size, 1)
+        self.task, _, _ = shard(self.config, self.schema, self.specs, local_batch_size, world)
+        self.step = checkpoint.load(newest, self.task)
+
+    def _spec(self, name: str) -> MemberSpec:
+        specs = {spec.name: spec for spec in self.config.specs()}
+        if name not in specs:
+            raise InputError(f"{self.run.path} has no member {name!r}; {nearest(name, specs)}")
+        return specs[name]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the members."""
+        return [spec.name for spec in self.specs]
+
+    def merge(self) -> Merge:
+        """The run's merge of these members."""
+        return merge_of(self.run, self.config, self.names)
+
+    def held_out(self, split: str) -> Loader:
+        """Every row of a split once, in the order of its files."""
+        return held_out(self.config, split, self.world)
+
+    def facts(self, split: str) -> dict[str, str]:
+        """What predictions of a split are of."""
+        return {"schema": self.schema.hash, "split": split, "data": str(self.config.data)}
+
+    def predict(self, split: str) -> Predictions | None:
+        """Logits of a split's rows on rank 0, None on the others."""
+        return predict(self.task, self.names, self.held_out(split).once(), self.world)
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """Logits of N held-out rows."""
+def merge_of(run: RunFolder, config: TrainConfig, members: Sequence[str]) -> Merge:
+    """Make a run's merge of some members, in their order: of what was fitted, what is left for them.
 
-    logits_NM: np.ndarray
-    labels_N: np.ndarray
-    weights_N: np.ndarray
-    """How often each row counts; above 0."""
+    Raises:
+        InputError: the rule is one that is fitted, and the run has not got to validation rows yet.
+    """
+    if config.merge not in FITTED:
+        return Merge(rule=config.merge)
+    known = [spec.name for spec in config.specs()]
+    return run.load_merge()[0].subset([known.index(name) for name in members])
 
 
 @torch.no_grad()
-def predict(task: nn.Module, batches: Iterator[Batch], world: World) -> Predictions | None:
+def predict(task: nn.Module, names: Sequence[str], batches: Iterator[Batch], world: World) -> Predictions | None:
     """Run the task over this rank's batches; rank 0 gets the predictions of all ranks, the others None."""
     was_training = task.training
     task.eval()
@@ -40,16 +114,4 @@ def predict(task: nn.Module, batches: Iterator[Batch], world: World) -> Predicti
     if logits is None or labels is None or weights is None:
         return None
     real = weights > 0
-    return Predictions(*(values[real].cpu().numpy() for values in (logits, labels, weights)))
-
-
-def member_metrics(
-    predictions: Predictions, names: list[str], merge: Callable[[Tensor], Tensor]
-) -> dict[str, ClickMetrics]:
-    """Metrics of each member, and of all of them merged under the name `merged`."""
-    logits = torch.from_numpy(predictions.logits_NM).double()
-    columns = {name: logits[:, index] for index, name in enumerate(names)} | {MERGED: merge(logits)}
-    return {
-        name: click_metrics(predictions.labels_N, torch.sigmoid(logit).numpy(), predictions.weights_N)
-        for name, logit in columns.items()
-    }
+    return Predictions(tuple(names), *(values[real].cpu().numpy() for values in (logits, labels, weights)))

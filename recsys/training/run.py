@@ -1,19 +1,22 @@
 """The run folder: what a run writes, and how it is found again."""
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from recsys.config import InputError, dump, write_whole
+from recsys.data.manifest import MANIFEST
 from recsys.data.schema import Schema
+from recsys.merge.rules import Merge
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """`config.json`, `schema.json`, `plan.json`, `metrics.jsonl`, `tensorboard/` and `checkpoints/`."""
+    """Holds `*.json` for config, schema, data, plan and merge, `metrics.jsonl`, `tensorboard/` and `checkpoints/`."""
 
     path: Path
 
@@ -50,6 +53,16 @@ class RunFolder:
         return self.path / "config.json"
 
     @property
+    def data(self) -> Path:
+        """Which data the run was trained on."""
+        return self.path / "data.json"
+
+    @property
+    def merge(self) -> Path:
+        """The merge as it was last fitted, and the order in which greedy selection takes the members."""
+        return self.path / "merge.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of checkpoints."""
         return self.path / "checkpoints"
@@ -57,8 +70,26 @@ class RunFolder:
     def describe(self, config: Any, schema: Schema, plan: Mapping[str, Any]) -> None:
         """Write what is known before the first step; `config.json` last, since it marks the folder as taken."""
         schema.save(self.path)
+        write_whole(self.data, json.dumps(data_facts(config.data), indent=2) + "\n")
         write_whole(self.path / "plan.json", json.dumps(plan, indent=2) + "\n")
         write_whole(self.config, json.dumps(dump(config), indent=2) + "\n")
+
+    def save_merge(self, merge: Merge, order: Sequence[str]) -> None:
+        """Write the merge, and members from the one to keep first to the one to drop first."""
+        write_whole(self.merge, json.dumps({**asdict(merge), "order": list(order)}, indent=2) + "\n")
+
+    def load_merge(self) -> tuple[Merge, list[str]]:
+        """Read both back.
+
+        Raises:
+            InputError: the run has not got to validation rows yet.
+        """
+        try:
+            values = json.loads(self.merge.read_text())
+            order = values.pop("order")
+            return Merge(**values), order
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{self.merge}: cannot read the merge, which validation writes ({error})") from None
 
     def check_schema(self, schema: Schema) -> None:
         """Compare data with what the run was trained on.
@@ -101,6 +132,23 @@ class RunFolder:
                     board.add_scalar(f"{kind}/{name}", value, step)
 
             yield write
+
+
+def data_facts(folder: Path) -> dict[str, Any]:
+    """What tells one prepared folder, and its split, from another: values are None where it has no manifest."""
+    try:
+        text = (folder / MANIFEST).read_bytes()
+        manifest = json.loads(text)
+    except (OSError, ValueError):
+        text, manifest = None, {}
+    config = manifest.get("config", {})
+    return {
+        "schema": Schema.load(folder).hash,
+        "manifest_sha256": hashlib.sha256(text).hexdigest() if text else None,
+        "split": config.get("split"),
+        "seed": config.get("seed"),
+        "rows": {name: split.get("num_rows") for name, split in manifest.get("splits", {}).items()},
+    }
 
 
 def _lines(path: Path) -> list[str]:

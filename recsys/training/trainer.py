@@ -1,119 +1,30 @@
 """The trainer: builds a sharded task and runs the one loop."""
 
-import dataclasses
 import itertools
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
 
-import torch
-from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from recsys.config import InputError, load_file, nearest
+from recsys.config import InputError, load_file
 from recsys.data.batch import Batch
-from recsys.data.loader import Loader, LoaderConfig
+from recsys.data.loader import Loader
 from recsys.data.schema import Schema
 from recsys.distributed import World, mean_over_ranks, on_every, on_first
 from recsys.embeddings.init import init_tables
-from recsys.embeddings.sharding import ShardingType, TableSharder, allowed_types, describe_plan, make_plan
-from recsys.members import BackboneConfigs, ModelConfig, parse_members
-from recsys.merge.rules import RULES
-from recsys.model import RecModel
-from recsys.place import Place
 from recsys.progress import progress
-from recsys.tasks.click import ClickTask, Outputs
+from recsys.tasks.click import Outputs
 from recsys.training import checkpoint
+from recsys.training.config import TrainConfig, check_same_job
 from recsys.training.metrics import ClickMetrics
-from recsys.training.optim import Optimizer, OptimizerConfig, own_table_lrs
-from recsys.training.predict import Predictions, member_metrics, predict
+from recsys.training.optim import Optimizer
+from recsys.training.predict import predict
+from recsys.training.predictions import Predictions, greedy_order, member_metrics, merge_for
 from recsys.training.run import RunFolder
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopConfig:
-    """How long to train, and what happens on the way."""
-
-    batch_size: int = 4096
-    """Rows of a global batch, over all ranks."""
-    num_epochs: int = 1
-    """Passes over the training rows."""
-    num_steps: int | None = None
-    """Stop after this many steps instead of num_epochs."""
-    log_every: int = 50
-    """Steps between lines of training loss and throughput."""
-    validate_every: int | None = None
-    """Steps between passes over the validation rows; there is always one at the end."""
-    save_every: int | None = None
-    """Steps between checkpoints; there is always one at the end."""
-    sharding: ShardingType = "auto"
-    """Sharding type of all tables; auto lets the planner choose."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "num_epochs", "num_steps", "log_every", "validate_every", "save_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} {value} must be at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """A training run, whole."""
-
-    data: Place
-    """Prepared folder, see `recsys prepare`; may be a URL."""
-    out: Path
-    """Run folder to make."""
-    members: tuple[str, ...] = ("dcnv2", "wukong", "rankmixer")
-    """Backbones to train side by side and merge; NAME*COUNT takes that many seeds of one, and options may follow:
-    dcnv2:width=2,dense_lr=3e-4 (see the README)."""
-    seed: int = 0
-    """Seed of all that is random in the members; the order of rows has one of its own."""
-    loss: Literal["independent", "joint"] = "independent"
-    """Each member its own loss, or one loss of the mean logit."""
-    merge: str = "mean_logit"
-    """How members' logits become one: mean_logit or mean_probability."""
-    resume: bool = False
-    """Go on from the newest checkpoint in `out`; where there is none, start."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    backbones: BackboneConfigs = field(default_factory=BackboneConfigs)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    loader: LoaderConfig = field(default_factory=LoaderConfig)
-    train: LoopConfig = field(default_factory=LoopConfig)
-
-    def __post_init__(self) -> None:
-        if self.merge not in RULES:
-            raise ValueError(f"unknown merge rule {self.merge!r}; {nearest(self.merge, RULES)}")
-        parse_members(self.members, self.seed, self.model, self.backbones)
-
-
-# What a resumed run may do otherwise: how long it goes on, what it reports and where it stands.
-MAY_CHANGE = {"data", "out", "resume", "train"}
-
-
-def check_same_job(before: TrainConfig, now: TrainConfig) -> None:
-    """Compare the config of a checkpoint with that of a run that goes on from it.
-
-    Raises:
-        InputError: something differs that would make another run of it, naming the field.
-    """
-    fields = {f.name: (getattr(before, f.name), getattr(now, f.name)) for f in dataclasses.fields(now)}
-    fields = {name: values for name, values in fields.items() if name not in MAY_CHANGE}
-    fields["batch_size"] = (before.train.batch_size, now.train.batch_size)
-    fields["loader"] = (before.loader, replace(now.loader, workers=before.loader.workers))
-    for name, (old, new) in fields.items():
-        if old != new:
-            raise InputError(
-                f"{now.out}: cannot go on with {name} {new}, the run has {old}; name another --out to start a new run"
-            )
-    if (before.train.sharding == "data_parallel") != (now.train.sharding == "data_parallel"):
-        raise InputError(
-            f"{now.out}: cannot go on with sharding {now.train.sharding} from {before.train.sharding}: data-parallel "
-            "tables keep their optimizer state elsewhere"
-        )
+from recsys.training.sharded import held_out, loader, shard
 
 
 class Trainer:
@@ -122,49 +33,18 @@ class Trainer:
     def __init__(self, config: TrainConfig, world: World) -> None:
         self.config, self.world = config, world
         loop = config.train
-        self.schema, self.loader = on_every(lambda: (Schema.load(config.data), self._loader("train")))
-        self.valid_loader = self.held_out("valid")
-        self.specs = parse_members(config.members, config.seed, config.model, config.backbones)
-
-        # The order matters: tables are planned while they are on the meta device, take memory only as shards, and get
-        # their values only then; what is data-parallel is known only after sharding.
-        torch.manual_seed(config.seed)
-        model = RecModel(self.schema, self.specs)
-        own_table_lrs(model.embedding, self.specs)
-        sharder = TableSharder(fused_params=config.optimizer.table_optimizer.fused_params)
-        task = ClickTask(model, config.loss)
-        plan = make_plan(
-            task,
-            sharder,
-            allowed=allowed_types(loop.sharding, config.optimizer.table_optimizer, world.device),
-            local_batch_size=self.loader.local_batch_size,
-            device=world.device,
-            local_world_size=world.local_size,
-        )
-        self.plan = describe_plan(plan)
-        self.task = DistributedModelParallel(task, device=world.device, plan=plan, sharders=[sharder])
+        self.schema, self.loader = on_every(lambda: (Schema.load(config.data), loader(config, "train", world)))
+        self.valid_loader = held_out(config, "valid", world)
+        self.specs = config.specs()
+        # Tables are planned while they are on the meta device, take memory only as shards, and get their values only
+        # then; which are data-parallel, and so in the dense optimizer, is known only after sharding.
+        self.task, model, self.plan = shard(config, self.schema, self.specs, self.loader.local_batch_size, world)
         init_tables(self.task, model.table_start)
         self.num_steps = loop.num_steps or loop.num_epochs * self.loader.steps_per_epoch
         self.optimizer = Optimizer(self.task, config.optimizer, self.num_steps, self.specs)
         self.members = model.members
         self.pipeline = TrainPipelineSparseDist(self.task, self.optimizer.combined, world.device)
         self.step = 0
-
-    def held_out(self, split: str) -> Loader:
-        """Every row of a split once, in the order of its files."""
-        return on_every(lambda: self._loader(split))
-
-    def _loader(self, split: str) -> Loader:
-        return Loader(
-            self.config.data,
-            split,
-            batch_size=self.config.train.batch_size,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            config=self.config.loader,
-            shuffle=split == "train",
-            tail="drop" if split == "train" else "pad",
-        )
 
     def train(self) -> dict[str, ClickMetrics] | None:
         """Train to the last step; rank 0 gets the validation metrics of the end, the others None."""
@@ -203,7 +83,9 @@ class Trainer:
                 if is_last or (loop.validate_every and self.step % loop.validate_every == 0):
                     predictions = self.predict(self.valid_loader)
                     if predictions:
-                        metrics = self.metrics(predictions)
+                        merge = merge_for(config.merge, predictions)
+                        run.save_merge(merge, greedy_order(predictions))
+                        metrics = member_metrics(predictions, merge)
                         write("valid", self.step, {name: asdict(member) for name, member in metrics.items()})
                     started, window = time.perf_counter(), self.step
         return metrics
@@ -250,11 +132,7 @@ class Trainer:
         """Logits and labels of held-out rows; None on ranks other than 0."""
         # The pipeline has made the tables' forward wait for batches of its own; its next progress() attaches it again.
         self.pipeline.detach()
-        return predict(self.task, loader.once(), self.world)
-
-    def metrics(self, predictions: Predictions) -> dict[str, ClickMetrics]:
-        """Metrics of each member and of the merge."""
-        return member_metrics(predictions, [spec.name for spec in self.specs], RULES[self.config.merge])
+        return predict(self.task, [spec.name for spec in self.specs], loader.once(), self.world)
 
     def load(self, path: Path, *, with_optimizer: bool = True) -> None:
         """Load a checkpoint and go on at its step."""

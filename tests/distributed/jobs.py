@@ -18,8 +18,9 @@ from recsys.backbones.rankmixer import RankMixerConfig
 from recsys.backbones.wukong import WukongConfig
 from recsys.distributed import World, mean_over_ranks, process_group
 from recsys.members import BackboneConfigs, ModelConfig
+from recsys.training.config import LoopConfig, TrainConfig
 from recsys.training.optim import OptimizerConfig
-from recsys.training.trainer import LoopConfig, TrainConfig, Trainer
+from recsys.training.trainer import Trainer
 
 NUM_STEPS = 20
 

@@ -18,10 +18,13 @@ from recsys.config import InputError, load_file
 from recsys.data.loader import LoaderConfig
 from recsys.data.schema import Schema
 from recsys.distributed import World, process_group
+from recsys.merge.rules import Merge
 from recsys.place import place
 from recsys.training import checkpoint
+from recsys.training.config import TrainConfig
 from recsys.training.evaluate import BAYES_OPTIMAL, EvaluateConfig, evaluate
-from recsys.training.trainer import TrainConfig, Trainer
+from recsys.training.predictions import member_metrics
+from recsys.training.trainer import Trainer
 from tests.distributed.jobs import on_ranks, small_config
 
 MEMBERS = ("dcnv2", "rankmixer")
@@ -308,7 +311,7 @@ def test_metrics_count_rows_by_their_weights(prepared: Path, world: World, tmp_p
     assert len(weights) == trainer.valid_loader.num_rows
     assert set(weights) == {0.5, 1.5, 2.5, 3.5, 4.5}
     probabilities = 1 / (1 + np.exp(-predictions.logits_NM[:, 0].astype(np.float64)))
-    metrics = trainer.metrics(predictions)["dcnv2"]
+    metrics = member_metrics(predictions, Merge(rule="mean_logit"))["dcnv2"]
     assert metrics.logloss == pytest.approx(log_loss(labels, probabilities, sample_weight=weights), rel=1e-9)
     assert metrics.auc == pytest.approx(roc_auc_score(labels, probabilities, sample_weight=weights), abs=1e-9)
 

@@ -1,0 +1,1 @@
+"""Studies: questions that only several runs answer together."""

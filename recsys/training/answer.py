@@ -1,0 +1,144 @@
+"""`recsys predict`: a file of predictions, of all members of a run, of some, or of as many as a time budget allows."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tyro.conf import Positional
+
+from recsys.config import InputError, load_file, nearest
+from recsys.distributed import World, on_first
+from recsys.merge.rules import Merge
+from recsys.place import Place
+from recsys.training.budget import Answers, Timed
+from recsys.training.config import TrainConfig
+from recsys.training.metrics import ClickMetrics, click_metrics
+from recsys.training.predict import Predictor, merge_of
+from recsys.training.predictions import MERGED, Predictions
+from recsys.training.run import RunFolder
+
+_BUDGET = re.compile(r"(?P<time>\d+(?:\.\d+)?)(?P<unit>us|ms|s)")
+_MILLISECONDS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """What to predict, by whom, in which time."""
+
+    run: Positional[Path]
+    """Run folder."""
+    out: Path
+    """Parquet file to write: row, label, weight, a logit a member, and the merged logit."""
+    split: Literal["valid", "test"] = "test"
+    """Held-out split."""
+    data: Place | None = None
+    """Prepared folder, may be a URL; without it, the one that the run was trained on."""
+    members: tuple[str, ...] = ()
+    """Members to ask, by name; or a number, for the best so many by greedy selection on validation rows."""
+    budget: str | None = None
+    """Time for a batch, such as 3ms: members are asked one after another while it lasts."""
+    batch_size: int | None = None
+    """Rows of a batch; that of training when not given."""
+
+    def __post_init__(self) -> None:
+        if self.budget is not None and not (_BUDGET.fullmatch(self.budget) and self.budget_ms > 0):
+            raise ValueError(f"budget {self.budget!r} is no time above 0; write 3ms, 500us or 1s")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size {self.batch_size} must be at least 1")
+
+    @property
+    def budget_ms(self) -> float:
+        """The budget in milliseconds."""
+        match = _BUDGET.fullmatch(self.budget or "")
+        assert match
+        return float(match["time"]) * _MILLISECONDS[match["unit"]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Who answered, and how well."""
+
+    metrics: dict[str, ClickMetrics]
+    """Of each member on the rows that it answered, and of the merge on all."""
+    timing: dict[str, object] | None
+    """See `Answers.facts`; None without a budget."""
+
+
+def answer(config: PredictConfig, world: World) -> Answer | None:
+    """Write the file of predictions; rank 0 gets what it holds, the others None.
+
+    Raises:
+        InputError: no run, no such member, a budget in which none answers, or data that does not fit.
+    """
+    if not config.out.absolute().parent.is_dir():
+        raise InputError(f"--out {config.out}: no such folder to write it to")
+    run = RunFolder.existing(config.run)
+    names = on_first(lambda: _members(run, config))
+    predictions: Predictions | None
+    timing: Answers | None = None
+    if config.budget:
+        if world.size > 1:
+            raise InputError(f"--budget is for one process, and this job has {world.size}; start it without torchrun")
+        members = [_predictor(config, world, [name]) for name in names]
+        merge, facts = merge_of(run, members[0].config, names), members[0].facts(config.split)
+        predictions, timing = Timed(members, config.budget_ms).predict(config.split)
+    else:
+        predictor = _predictor(config, world, names)
+        merge, facts = on_first(predictor.merge), predictor.facts(config.split)
+        predictions = predictor.predict(config.split)
+    if predictions is None:
+        return None
+    merged = merge_answers(predictions, merge)
+    predictions.save(config.out, facts, merged)
+    return Answer(_metrics(predictions, merged), timing.facts() if timing else None)
+
+
+def _predictor(config: PredictConfig, world: World, members: Sequence[str]) -> Predictor:
+    return Predictor(config.run, world, members, config.data, config.batch_size)
+
+
+def _members(run: RunFolder, config: PredictConfig) -> list[str]:
+    """Names of the members to ask, the one to ask first at the head."""
+    known = [spec.name for spec in load_file(TrainConfig, run.config).specs()]
+    if len(config.members) == 1 and config.members[0].isdigit():
+        wanted = int(config.members[0])
+        if not 1 <= wanted <= len(known):
+            raise InputError(f"--members {wanted}: the run has {len(known)} members; name 1 to {len(known)}")
+        return _best_first(run, known)[:wanted]
+    for name in config.members:
+        if name not in known:
+            raise InputError(f"{run.path} has no member {name!r}; {nearest(name, known)}")
+    if len(set(config.members)) < len(config.members):
+        raise InputError(f"--members {' '.join(config.members)}: a member is named twice")
+    return list(config.members) or (_best_first(run, known) if config.budget else known)
+
+
+def _best_first(run: RunFolder, known: list[str]) -> list[str]:
+    return run.load_merge()[1] if run.merge.exists() else known
+
+
+def merge_answers(predictions: Predictions, merge: Merge) -> np.ndarray:
+    """Merged logit of each row [N]: of those members that answered it, whose logits are not nan."""
+    logits = torch.from_numpy(predictions.logits_NM).double()
+    answered = ~torch.isnan(logits)
+    merged = torch.full((len(logits),), float("nan"), dtype=torch.float64)
+    patterns, which = torch.unique(answered, dim=0, return_inverse=True)
+    for number, pattern in enumerate(patterns):
+        rows, members = which == number, pattern.nonzero().flatten().tolist()
+        merged[rows] = merge.subset(members)(logits[rows][:, members])
+    values: np.ndarray = merged.numpy()
+    return values
+
+
+def _metrics(predictions: Predictions, merged: np.ndarray) -> dict[str, ClickMetrics]:
+    found = {}
+    for name, logits in [*zip(predictions.names, predictions.logits_NM.T, strict=True), (MERGED, merged)]:
+        rows = np.isfinite(logits)
+        if rows.any():
+            probabilities = 1 / (1 + np.exp(-logits[rows].astype(np.float64)))
+            found[name] = click_metrics(predictions.labels_N[rows], probabilities, predictions.weights_N[rows])
+    return found
