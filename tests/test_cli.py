@@ -88,7 +88,7 @@ def test_an_unknown_option_exits_with_2(capsys: pytest.CaptureFixture[str]) -> N
     ("arguments", "message"),
     [
         (["synthetik"], "unknown recipe 'synthetik'; did you mean synthetic?"),
-        (["synthetic", "--members", "dcnv3"], "unknown backbone 'dcnv3'; did you mean dcnv2?"),
+        (["synthetic", "--members", "dcnv3"], "unknown backbone 'dcnv3'; did you mean dcn"),
         (["synthetic", "--members", "dcnv2*"], "member 'dcnv2*' is neither NAME nor NAME*COUNT"),
         (["synthetic", "--merge", "mean"], "unknown merge rule 'mean'; did you mean mean_logit"),
         (["no_such_module:make"], "recipe 'no_such_module:make': No module named 'no_such_module'"),

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from recsys.backbones.dcnv2 import DCNv2Config
-from recsys.members import BackboneConfigs, ModelConfig
-from recsys.training.optim import OptimizerConfig
+from recsys.members import ModelConfig
+from recsys.recipes.paper import avazu_paper, criteo_paper, kdd12_paper
 from recsys.training.config import LoopConfig, TrainConfig
+from recsys.training.optim import OptimizerConfig
 
 
 def criteo_kaggle() -> TrainConfig:
@@ -21,18 +21,6 @@ def criteo_kaggle() -> TrainConfig:
     )
 
 
-def criteo_kaggle_full() -> TrainConfig:
-    """Criteo Kaggle, all 45 million rows: batch and widths of the merging paper (2512.07650); not measured yet."""
-    return TrainConfig(
-        data=Path("data/criteo_kaggle_full"),
-        out=Path("runs/criteo_kaggle_full"),
-        model=ModelConfig(embedding_dim=16, head_hidden=(256,)),
-        backbones=BackboneConfigs(dcnv2=DCNv2Config(hidden=(1024, 512, 256))),
-        optimizer=OptimizerConfig(table_lr=0.05, dense_lr=1e-3, warmup_steps=500, decay="linear"),
-        train=LoopConfig(batch_size=4096),
-    )
-
-
 def synthetic() -> TrainConfig:
     """A log of `recsys synth` with some 150,000 rows."""
     sample = criteo_kaggle()
@@ -42,6 +30,8 @@ def synthetic() -> TrainConfig:
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "criteo_kaggle": criteo_kaggle,
-    "criteo_kaggle_full": criteo_kaggle_full,
     "synthetic": synthetic,
+    "criteo_paper": criteo_paper,
+    "avazu_paper": avazu_paper,
+    "kdd12_paper": kdd12_paper,
 }
