@@ -37,6 +37,11 @@ DATA_VERBS: dict[str, str] = {
     "show": "what the columns of a prepared folder hold, and how much they tell of the label",
 }
 
+# `recsys study VERB`
+STUDY_VERBS: dict[str, str] = {
+    "merge": "is a merge of independent members better than one bigger model of the same inference budget?",
+}
+
 VERBS = {
     "synth": "write a synthetic click log in Criteo's format, with known true probabilities",
     "prepare": "raw click logs to Parquet and schema.json",
@@ -46,6 +51,8 @@ VERBS = {
     "evaluate": "metrics of a run's members and their merge on held-out rows",
     "merge": "make one run of the members of several, or one file of several files of predictions",
     "predict": "write predictions of a run, by all members, some, or as many as a time budget allows",
+    "study": "experiments of many runs with a report: `recsys study --help`",
+    "backbones": "list the backbones, with parameters and FLOPs a row as they scale",
     "doctor": "check that the environment works, and say what mends it",
 }
 
@@ -284,6 +291,45 @@ def _predict(arguments: list[str]) -> int:
         _print_metrics(f"{config.out}: {config.split}", found.metrics)
         if found.timing:
             print(", ".join(f"{name} {value}" for name, value in found.timing.items()))
+    return 0
+
+
+def _study(arguments: list[str]) -> int:
+    return _run("study", STUDY_VERBS, arguments)
+
+
+def _study_merge(arguments: list[str]) -> int:
+    from recsys.studies.config import MergeStudyConfig
+
+    if arguments[:1] in (["-h"], ["--help"]):
+        _parse(MergeStudyConfig, "study merge RECIPE", arguments)
+    if not arguments or arguments[0].startswith("-"):
+        raise InputError("study merge: name a RECIPE first, as after `recsys train`")
+    recipe, *rest = arguments
+    config = _parse(MergeStudyConfig, f"study merge {recipe}", rest)
+    _quieten_libraries()
+    from recsys.studies.merge_study import merge_study
+
+    merge_study(config, _recipe(recipe))
+    return 0
+
+
+def _backbones(arguments: list[str]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from recsys.ladder import LadderConfig, rungs
+
+    config = _parse(LadderConfig, "backbones", arguments)
+    table = Table(title=f"{config.num_fields} fields of {config.embedding_dim}, default sizes and larger")
+    for column in ("backbone", "along", "rung"):
+        table.add_column(column)
+    table.add_column("parameters", justify="right")
+    table.add_column("FLOPs a row", justify="right")
+    for rung in rungs(config):
+        along = "" if rung.k == 1 else rung.along
+        table.add_row(rung.backbone, along, f"{rung.k:g}", f"{rung.num_parameters:,}", f"{rung.flops:,}")
+    Console().print(table)
     return 0
 
 

@@ -1,0 +1,53 @@
+"""What backbones cost: parameters and FLOPs a row along their ladders."""
+
+from dataclasses import dataclass
+
+import torch
+
+from recsys.backbones import BACKBONES
+
+
+@dataclass(frozen=True, kw_only=True)
+class LadderConfig:
+    """Which rungs to show, for which data."""
+
+    num_fields: int = 27
+    """Fields: one a categorical feature, and one for all dense columns."""
+    embedding_dim: int = 16
+    """Columns of each field's embedding."""
+    rungs: tuple[float, ...] = (1, 2, 4)
+    """Multiples of the work of the default sizes, to aim at."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_fields", "embedding_dim"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 2")
+        if not self.rungs or min(self.rungs) < 1:
+            raise ValueError(f"rungs {self.rungs} must be 1 or more")
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A backbone at one rung."""
+
+    backbone: str
+    along: str
+    k: float
+    num_parameters: int
+    flops: int
+    """Of one row's forward, without embeddings, head and dense columns."""
+
+
+def rungs(config: LadderConfig) -> list[Rung]:
+    """List every backbone at every rung along its width and its depth; rung 1 is both, and stands once."""
+    found = []
+    with torch.device("meta"):  # sizes alone
+        for name, kind in BACKBONES.items():
+            for along in ("width", "depth"):
+                for k in config.rungs:
+                    if along == "depth" and k == 1:
+                        continue
+                    sizes = kind.Config().ladder(k, along)
+                    backbone = kind(config.num_fields, config.embedding_dim, sizes)
+                    found.append(Rung(name, along, k, backbone.num_parameters(), backbone.flops()))
+    return found
