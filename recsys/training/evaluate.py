@@ -51,7 +51,7 @@ def evaluate(config: EvaluateConfig, world: World) -> dict[str, ClickMetrics] | 
         return None
     metrics = member_metrics(predictions, merge)
     if config.truth:
-        metrics[BAYES_OPTIMAL] = _bayes_optimal(config.truth, predictor.config.data, config.split, predictions)
+        metrics[BAYES_OPTIMAL] = bayes_optimal(config.truth, predictor.config.data, config.split, predictions)
     if config.json:
         values = {"run": str(config.run), "split": config.split, "step": predictor.step}
         values["metrics"] = {name: asdict(member) for name, member in metrics.items()}
@@ -59,8 +59,12 @@ def evaluate(config: EvaluateConfig, world: World) -> dict[str, ClickMetrics] | 
     return metrics
 
 
-def _bayes_optimal(truth: Path, data: Path, split: str, predictions: Predictions) -> ClickMetrics:
-    """Metrics of the true probabilities, on the rows of the log that `prepare` put into `split`."""
+def bayes_optimal(truth: Path, data: Path, split: str, predictions: Predictions) -> ClickMetrics:
+    """Metrics of the true probabilities, on the rows of the log that `prepare` put into `split`.
+
+    Raises:
+        InputError: the truth of another log, or data that were not split by random or time.
+    """
     try:
         manifest = json.loads((data / "manifest.json").read_text())
     except (OSError, ValueError) as error:

@@ -1,0 +1,259 @@
+"""A whole merge study, small: it trains, predicts and reports once, and goes on where it was interrupted."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from recsys import cli
+from recsys.config import InputError
+from recsys.studies.config import MergeStudyConfig
+from recsys.studies.merge_study import Results, merge_study
+from recsys.training.config import TrainConfig
+from recsys.training.metrics import click_metrics
+from recsys.training.predictions import load_predictions
+from recsys.training.trainer import Trainer
+from tests.distributed.jobs import small_config
+from tests.test_cli import error_line
+
+pytestmark = pytest.mark.slow  # the study that most tests look at takes ten seconds
+
+STEPS = 6
+SMALL: dict[str, Any] = {
+    "backbones": ("dcnv2", "rankmixer"),
+    "seeds": 2,
+    "more_seeds": 2,
+    "sizes": (1, 2),
+    "rivals": (2,),
+    "rival_seeds": 1,
+    "ablation_members": 2,
+    "ablation_sets": 1,
+}
+ONE: dict[str, Any] = {**SMALL, "backbones": ("dcnv2",), "seeds": 1, "more_seeds": 1, "sizes": (1,), "rivals": (),
+                       "ablation_sets": 0}  # fmt: skip
+
+
+def recipe(prepared: Path) -> TrainConfig:
+    return small_config(prepared, num_steps=STEPS, log_every=2, save_every=2)
+
+
+def files(out: Path) -> dict[Path, int]:
+    """When each file of the runs was written; `results.json` and what comes with it are written every time."""
+    return {path: path.stat().st_mtime_ns for path in out.glob("*/*/**/*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def study(prepared: Path, synthetic_log: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    truth = synthetic_log.with_name(f"{synthetic_log.name}.truth.parquet")
+    config = MergeStudyConfig(out=tmp_path_factory.mktemp("study") / "study", truth=truth, **SMALL)
+    results = merge_study(config, recipe(prepared))
+    assert results is not None
+    return results
+
+
+def test_every_job_leaves_a_run_and_predictions(study: Results) -> None:
+    out = study.study.out
+    assert {path.parent.relative_to(out).as_posix() for path in out.glob("*/*/config.json")} == {
+        *(f"members/{backbone}_s{seed}" for backbone in ("dcnv2", "rankmixer") for seed in range(2)),
+        "rivals/dcnv2_wider2_s0",
+        "rivals/dcnv2_deeper2_s0",
+        "ablations/dcnv2_shared_0",
+        "ablations/dcnv2_joint_0",
+    }
+    assert len(list(out.glob("*/*/checkpoints/step-00000006"))) == 8
+    for job in study.jobs:
+        predictions, facts, _ = load_predictions(out / job.kind / job.name / "test.parquet")
+        assert predictions.names == job.members
+        assert facts["split"] == "test"
+        assert facts["schema"] == study.schema_hash
+        assert job.seconds is not None
+        assert job.rows_per_s == pytest.approx(STEPS * 128 / job.seconds)
+
+
+def test_results_are_those_of_the_predictions(study: Results) -> None:
+    out = study.study.out
+    logits = []
+    for seed in range(2):
+        predictions, _, _ = load_predictions(out / "members" / f"dcnv2_s{seed}" / "test.parquet")
+        logits.append(predictions.logits_NM[:, 0].astype(np.float64))
+    expected = click_metrics(predictions.labels_N, 1 / (1 + np.exp(-np.mean(logits, axis=0))))
+    values = json.loads((out / "results.json").read_text())
+    (point,) = (p for p in values["points"] if (p["source"], p["size"]) == ("seeds of dcnv2", 2))
+    assert point["merged"]["auc"]["mean"] == pytest.approx(expected.auc)
+    assert point["merged"]["auc"]["standard_error"] is None
+    assert np.abs(logits[0] - logits[1]).max() > 0
+    assert values["study"]["backbones"] == ["dcnv2", "rankmixer"]
+    assert {comparison["kind"] for comparison in values["comparisons"]} == {"wider", "deeper"}
+    assert 0.75 < values["bayes_optimal"]["auc"] < 0.85
+
+
+def test_the_report_stands_alone(study: Results) -> None:
+    page = (study.study.out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 5
+    assert "<script" not in page
+    assert "http" not in page
+    assert "At equal inference budget" in page
+    assert "training randomness" in page
+    for path in ("curves", "gains", "correlations", "greedy", "ambiguity"):
+        assert (study.study.out / f"{path}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_run_trains_nothing_and_finds_the_same(study: Results) -> None:
+    before = files(study.study.out)
+    again = merge_study(study.study, study.recipe)
+    assert files(study.study.out) == before
+    assert again == study
+
+
+def test_predictions_that_are_gone_are_made_without_training(study: Results, tmp_path: Path) -> None:
+    config = dataclasses.replace(study.study, out=tmp_path / "study")
+    shutil.copytree(study.study.out, config.out)
+    lost = config.out / "members" / "rankmixer_s1" / "valid.parquet"
+    lost.unlink()
+    for gone in ("members/dcnv2_s0", "rivals/dcnv2_wider2_s0"):  # whose predictions are there
+        shutil.rmtree(config.out / gone / "checkpoints")
+    before = files(config.out)
+    again = merge_study(config, study.recipe)
+    after = files(config.out)
+    assert set(after) - set(before) == {lost}
+    assert all(after[path] == before[path] for path in before)
+    assert again is not None
+    assert again.points == study.points
+    assert again.greedy == study.greedy
+
+
+def test_other_settings_are_refused_before_anything_is_trained(study: Results) -> None:
+    before = files(study.study.out)
+    train = dataclasses.replace(study.recipe.train, num_steps=7)
+    with pytest.raises(InputError, match=r"dcnv2_s0: was run with train.num_steps 6, the study wants 7; name another"):
+        merge_study(study.study, dataclasses.replace(study.recipe, train=train))
+    optimizer = dataclasses.replace(study.recipe.optimizer, dense_lr=0.5)
+    with pytest.raises(InputError, match=r"optimizer.dense_lr 0.01, the study wants 0.5"):
+        merge_study(study.study, dataclasses.replace(study.recipe, optimizer=optimizer))
+    assert files(study.study.out) == before
+
+
+def test_predictions_of_something_else_are_refused(study: Results, tmp_path: Path) -> None:
+    config = dataclasses.replace(study.study, out=tmp_path / "study")
+    shutil.copytree(study.study.out, config.out)
+    members = config.out / "members"
+    shutil.copy(members / "dcnv2_s0" / "test.parquet", members / "dcnv2_s1" / "test.parquet")
+    with pytest.raises(
+        InputError, match=r"dcnv2_s1/test.parquet: predictions of dcnv2_s0 on test rows .* remove the fi"
+    ):
+        merge_study(config, study.recipe)
+
+
+def test_an_interrupted_job_goes_on(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = MergeStudyConfig(out=tmp_path / "whole", **ONE)
+    broken = MergeStudyConfig(out=tmp_path / "broken", **ONE)
+    expected = merge_study(whole, recipe(prepared))
+    step = Trainer._step
+
+    def interrupted(self: Trainer, batches: Any) -> Any:
+        if self.step == 5:
+            raise KeyboardInterrupt
+        return step(self, batches)
+
+    monkeypatch.setattr(Trainer, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge_study(broken, recipe(prepared))
+    monkeypatch.undo()
+    checkpoints = broken.out / "members" / "dcnv2_s0" / "checkpoints"
+    before = files(checkpoints.parent.parent.parent)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000002", "step-00000004"]
+    results = merge_study(broken, recipe(prepared))
+    after = files(broken.out)
+    assert all(after[path] == before[path] for path in before if "step-00000004" in path.parts)
+    assert results is not None
+    assert expected is not None
+    assert results.points[0].merged["logloss"].mean == pytest.approx(
+        expected.points[0].merged["logloss"].mean, abs=1e-6
+    )
+
+
+def test_a_dry_run_lists_jobs_and_makes_nothing(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert merge_study(MergeStudyConfig(out=tmp_path / "study", dry_run=True, **SMALL), recipe(prepared)) is None
+    told = capsys.readouterr().out
+    assert "8 jobs of 6 steps" in told
+    assert told.count("to train") == 8
+    assert not (tmp_path / "study").exists()
+
+
+def test_torchx_trains_the_jobs(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, study: Results
+) -> None:
+    config = MergeStudyConfig(
+        out=tmp_path / "study", scheduler="local_cwd", **{**ONE, "seeds": 2, "more_seeds": 2, "sizes": (1, 2)}
+    )
+    results = merge_study(config, recipe(prepared))
+    assert results is not None
+    expected, found = ({s.members: s.merged for s in r.sets} for r in (study, results))
+    for members in (("dcnv2_s0",), ("dcnv2_s1",), ("dcnv2_s0", "dcnv2_s1")):
+        assert found[members]["logloss"] == pytest.approx(expected[members]["logloss"], abs=1e-5)
+
+
+FAILING = """from torchx import specs
+
+
+def failing(*arguments: str) -> specs.AppDef:
+    \"\"\"Fail.
+
+    Args:
+        arguments: of no use
+    \"\"\"
+    return specs.AppDef(name="failing", roles=[specs.Role(name="role", image="", entrypoint="false")])
+"""
+
+
+def test_a_job_that_fails_on_a_scheduler_is_named(prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "component.py").write_text(FAILING)
+    component = f"{tmp_path / 'component.py'}:failing"
+    config = MergeStudyConfig(out=tmp_path / "study", scheduler="local_cwd", component=component, torchx_args="", **ONE)
+    with pytest.raises(InputError, match=r"^job dcnv2_s0: FAILED on local_cwd \(local_cwd://.*\); logs: file://"):
+        merge_study(config, recipe(prepared))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scheduler": "slurn"}, "unknown scheduler 'slurn'; did you mean slurm"),
+        ({"component": "nowhere/train.py:ddp"}, "no such file; start the study in the repository's root"),
+        ({"torchx_args": "--nonsense 1"}, "--torchx-args '--nonsense 1': .*unrecognized arguments: --nonsense"),
+        ({"torchx_cfg": "log_dir"}, "job dcnv2_s0: local_cwd does not take it"),
+    ],
+)
+def test_what_no_scheduler_takes_is_told(prepared: Path, tmp_path: Path, changes: dict, message: str) -> None:
+    config = MergeStudyConfig(**{"out": tmp_path / "study", "scheduler": "local_cwd", **ONE, **changes})
+    with pytest.raises(InputError, match=message):
+        merge_study(config, recipe(prepared))
+
+
+def test_help_of_the_study_imports_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys\nfrom recsys.cli import main\n"
+        "try:\n    main(['study', 'merge', '--help'])\nexcept SystemExit:\n    pass\n"
+        "print({'torch', 'polars', 'numpy'} & set(sys.modules), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "set()\n"
+    assert "--more-seeds-of" in done.stdout
+
+
+def test_the_command_line_tells_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "name a RECIPE first" in error_line(capsys, "study", "merge", "--out", "x")
+    assert "unknown backbone 'dcnv'" in error_line(
+        capsys, "study", "merge", "synthetic", "--out", "x", "--backbones", "dcnv"
+    )
+    assert "unknown recipe" in error_line(capsys, "study", "merge", "synthetics", "--out", "x")
+    assert "unknown verb 'merg'; did you mean merge?" in error_line(capsys, "study", "merg")
+    assert set(cli.STUDY_VERBS) == {"merge"}
