@@ -20,7 +20,8 @@ class Ladder(Protocol):
         """Scale these sizes for about `k` times the work a row, `k > 0`; 1 is the config itself, below it is smaller.
 
         Along the width, hidden widths grow with the root of `k`; along the depth, layers grow with `k`. A larger `k`
-        never gives fewer parameters or FLOPs, and no size falls below 1. What a rung really costs depends on the fields: see `Backbone.flops`.
+        never gives fewer parameters or FLOPs, and no size falls below 1. What a rung really costs depends on the
+        fields: see `Backbone.flops`.
         """
         ...
 
