@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pyarrow as pa
 import pytest
 
 from recsys.config import InputError
 from recsys.data.formats import Column, Kind, RawFormat
-from recsys.data.parse import _hex32, malformed_rows, parse, typed_table
+from recsys.data.parse import malformed_rows, parse, typed_table
 from tests.logs import AVAZU, BAD_LINES, CRITEO, GOOD, KDD12, SHOP, Row, line, make_rows
 
 LOG = Path("log")
@@ -111,47 +110,6 @@ def test_what_fits_64_bits_is_an_integer(value: str) -> None:
     assert parsed is not None
     assert parsed["I2"].to_list() == [int(value)]
     assert problems(CRITEO, line(GOOD | {"I2": value})) == []
-
-
-# ---- eight hexadecimal digits at once
-
-
-def texts(rng: random.Random, digits: str, lengths: list[int], num_texts: int = 300) -> list[str]:
-    return ["".join(rng.choices(digits, k=rng.choice(lengths))) for _ in range(num_texts)]
-
-
-def test_eight_digits_are_read_as_int_does() -> None:
-    values = [*texts(random.Random(0), "0123456789abcdefABCDEF", [8]), "00000000", "ffffffff", "FFFFFFFF", "80000000"]
-    found = _hex32(pl.Series("C", values))
-    assert found is not None
-    assert found.name == "C"
-    assert found.dtype == pl.UInt32
-    assert found.to_list() == [int(text, 16) for text in values]
-
-
-def test_missing_values_stay_missing() -> None:
-    rng = random.Random(1)
-    values = [rng.choice([None, text]) for text in texts(rng, "0123456789abcdef", [8])]
-    expected = [None if text is None else int(text, 16) for text in values]
-    for start in (0, 1, 77):  # slices share the buffers of the whole
-        found = _hex32(pl.Series(values)[start:])
-        assert found is not None
-        assert found.to_list() == expected[start:]
-    everything_missing = _hex32(pl.Series([None, None], dtype=pl.String))
-    assert everything_missing is not None
-    assert everything_missing.to_list() == [None, None]
-
-
-@pytest.mark.parametrize("strange", ["1234567", "123456789", "0" * 13, "-1234567", "1234567-", "", "a"])
-def test_other_lengths_and_signs_are_left_to_the_slower_way(strange: str) -> None:
-    assert _hex32(pl.Series(["12345678", strange, "12345678"])) is None
-
-
-def test_short_fields_are_read_digit_by_digit() -> None:
-    values = texts(random.Random(2), "0123456789abcdefABCDEF", [1, 2, 7, 8])
-    parsed = parse(CRITEO, b"".join(line(GOOD | {"C26": text}) for text in values))
-    assert parsed is not None
-    assert parsed["C26"].to_list() == [int(text, 16) for text in values]
 
 
 # ---- a comma-separated format with quotes

@@ -15,6 +15,8 @@ Kind = Literal[
 ]
 HOUR_FEATURES = ("hour", "weekday", "is_weekend")
 CATEGORY_KINDS = ("hex32", "int64", "uint64", "text")
+DIGITS = b"0123456789abcdefABCDEF-"
+"""What fields of numeric formats are made of."""
 NUMERIC_KINDS = ("label", "clicks", "impressions", "integer", *CATEGORY_KINDS[:3], "hour")
 
 DTYPES: dict[str, type[pl.DataType]] = {
@@ -111,8 +113,9 @@ class RawFormat:
 
     @property
     def is_numeric(self) -> bool:
-        """Whether every field is made of (hexadecimal) digits and minus signs."""
-        return not self.quote and all(column.kind in (*NUMERIC_KINDS, "unused") for column in self.columns)
+        """Whether every field is made of (hexadecimal) digits and minus signs, and the separator is none of them."""
+        is_digit = self.separator in DIGITS.decode()
+        return not (self.quote or is_digit) and all(c.kind in (*NUMERIC_KINDS, "unused") for c in self.columns)
 
 
 def log1p(values: np.ndarray) -> np.ndarray:

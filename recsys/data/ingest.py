@@ -301,29 +301,19 @@ def _write_part(job: IngestJob, path: Path, chunks: list[Rows], first_row: int, 
     chunks.clear()
     columns: dict[str, pa.ChunkedArray] = {}
     if frames:
+        from recsys.data.dictionary import dictionary_of  # noqa: PLC0415  (numba)
+
         keys = list(job.rules.keys)
         for name in frames[0].columns:
             columns[name] = pa.chunked_array([frame[name].to_arrow() for frame in frames])
         if splits:
             columns[SPLIT] = pa.chunked_array([split.to_arrow() for split in splits if len(split)])
         frames.clear()
-        for name, codes in zip(keys, pool.map(_dictionary, (columns[name] for name in keys)), strict=True):
+        for name, codes in zip(keys, pool.map(dictionary_of, (columns[name] for name in keys)), strict=True):
             columns[name] = codes
             facts.num_values[name] = len(codes.dictionary)
     _save_part(path, columns, facts)
     return facts
-
-
-def _dictionary(values: pa.ChunkedArray) -> pa.DictionaryArray:
-    """Codes of the smallest type into the distinct values in order of appearance, null being one of them."""
-    if values.type == pa.large_string():
-        values = values.cast(pa.string())
-    encoded = values.dictionary_encode(null_encoding="encode")
-    dictionary = encoded.chunk(encoded.num_chunks - 1).dictionary
-    size = len(dictionary)
-    kind = pa.uint8() if size <= 2**8 else pa.uint16() if size <= 2**16 else pa.int32()
-    codes = pa.concat_arrays([chunk.indices.cast(kind, safe=False) for chunk in encoded.chunks])
-    return pa.DictionaryArray.from_arrays(codes, dictionary)
 
 
 def _save_part(path: Path, columns: Mapping[str, pa.Array | pa.ChunkedArray], facts: PartFacts) -> None:

@@ -4,16 +4,16 @@ import re
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 
 from recsys.config import InputError
-from recsys.data.formats import DTYPES, Column, Kind, RawFormat
+from recsys.data.formats import DIGITS, DTYPES, Column, Kind, RawFormat
 from recsys.data.raw import count, fields_of
 
-_DIGITS = b"0123456789abcdefABCDEF-\n"
 _BOM = b"\xef\xbb\xbf"  # polars drops it from the first field of a chunk
 
 
@@ -33,41 +33,46 @@ class Malformed:
 def parse(raw: RawFormat, lines: bytes) -> pl.DataFrame | None:
     """Parse whole lines into typed columns (see `formats.DTYPES`); an empty field is null.
 
-    Returns None when any row is malformed; `malformed_rows` then says which and why. A wrong number of fields is seen
-    by counting separators: polars refuses rows that are too long, and only rows that are too short make the total
-    differ. Where all fields are digits, the alphabet keeps out what polars would take and we do not: spaces, plus
-    signs, CR LF, byte order marks. Elsewhere every number is held against its pattern.
+    Returns None when any row is malformed; `malformed_rows` then says which and why.
     """
-    try:
-        frame = _as_text(raw, lines)
-        columns = [column for column in raw.columns if column.kind != "unused"]
-        return pl.DataFrame([_typed(column, frame[column.name], raw.is_numeric) for column in columns])
-    except (_MalformedError, pl.exceptions.PolarsError):
+    if raw.is_numeric:
+        from recsys.data.numeric import parse_numbers  # noqa: PLC0415  (numba)
+
+        typed = parse_numbers(raw, lines)
+    else:
+        typed = _parse_text(raw, lines)
+    if typed is None or not all(_are_hours(typed[name]) for name in raw.named("hour")):
         return None
+    return typed
+
+
+def _are_hours(numbers: pl.Series) -> bool:
+    return all(_is_hour(b"%08d" % number) for number in numbers.drop_nulls().unique())
 
 
 class _MalformedError(Exception):
     """Some row does not fit."""
 
 
-def _as_text(raw: RawFormat, lines: bytes) -> pl.DataFrame:
-    """Columns as polars reads them: text where the type needs a closer look."""
+def _parse_text(raw: RawFormat, lines: bytes) -> pl.DataFrame | None:
+    """Parse columns of any kind: polars reads them as text where their type needs a closer look.
+
+    A wrong number of fields is seen by counting separators: polars refuses rows that are too long, and only rows that
+    are too short make the total differ. Every number is held against its pattern.
+    """
     num_rows = count(lines, "\n")
-    if _count_separators(raw, lines) != num_rows * (len(raw.columns) - 1):
-        raise _MalformedError
-    if raw.is_numeric:
-        as_text: tuple[str, ...] = ("label", "hex32", "hour", "unused")
-        is_strange = bool(lines.translate(None, _DIGITS + raw.separator.encode()))
-    else:
-        as_text = (*DTYPES, "unused")
-        is_strange = b"\r" in lines or b"\0" in lines or lines.startswith(_BOM) or b"\n" + _BOM in lines
-    if is_strange:
-        raise _MalformedError
-    kinds = {c.name: pl.String() if c.kind in as_text else DTYPES[c.kind]() for c in raw.columns}
-    frame = pl.read_csv(lines, separator=raw.separator, has_header=False, schema=kinds, quote_char=raw.quote or None)
-    if frame.height != num_rows:
-        raise _MalformedError
-    return frame
+    is_strange = b"\r" in lines or b"\0" in lines or lines.startswith(_BOM) or b"\n" + _BOM in lines
+    if is_strange or _count_separators(raw, lines) != num_rows * (len(raw.columns) - 1):
+        return None
+    schema = dict.fromkeys((column.name for column in raw.columns), pl.String())
+    options: dict[str, Any] = {"separator": raw.separator, "quote_char": raw.quote or None}
+    try:
+        frame = pl.read_csv(lines, has_header=False, schema=schema, **options)
+        if frame.height != num_rows:
+            return None
+        return pl.DataFrame([_typed(c.kind, frame[c.name]) for c in raw.columns if c.kind != "unused"])
+    except (_MalformedError, pl.exceptions.PolarsError):
+        return None
 
 
 def _count_separators(raw: RawFormat, lines: bytes) -> int:
@@ -88,65 +93,18 @@ def _stand_around_fields(raw: RawFormat, text: np.ndarray, quotes: np.ndarray) -
     return bool(np.isin(before, neighbours).all() and np.isin(after, neighbours).all())
 
 
-def _typed(column: Column, values: pl.Series, is_trusted: bool) -> pl.Series:
-    """Turn text into the column's type. Trusted text is made of digits and minus signs."""
-    kind = column.kind
-    if kind == "label":
-        if values.is_in(["0", "1"]).sum() != len(values):
-            raise _MalformedError
-        return values.cast(pl.UInt8)
-    if kind == "hex32" and is_trusted and (found := _hex32(values)) is not None:
-        return found
-    if values.dtype == pl.String:
-        values = values.replace("", None)
-        if not values.str.contains(f"^(?:{_PATTERNS[kind]})$").all():
-            raise _MalformedError
+def _typed(kind: Kind, texts: pl.Series) -> pl.Series:
+    texts = texts.replace("", None)
+    if not texts.str.contains(f"^(?:{_PATTERNS[kind]})$").all():
+        raise _MalformedError
     if kind == "hex32":
-        typed = values.str.to_integer(base=16, dtype=pl.UInt32, strict=False)
+        typed = texts.str.to_integer(base=16, dtype=pl.UInt32, strict=False)
     else:
-        typed = values.cast(DTYPES[kind], strict=False)
-    num_missing = 0 if kind in _REQUIRED else values.null_count()
-    if (
-        typed.null_count() != num_missing
-        or (kind == "float" and not typed.cast(pl.Float32).is_finite().all())
-        or (kind == "hour" and not all(_is_hour(text.encode()) for text in values.drop_nulls().unique()))
-    ):
+        typed = texts.cast(DTYPES[kind], strict=False)
+    num_missing = 0 if kind in _REQUIRED else texts.null_count()
+    if typed.null_count() != num_missing or (kind == "float" and not typed.cast(pl.Float32).is_finite().all()):
         raise _MalformedError
     return typed
-
-
-_VIEW = np.dtype({"names": ["length", "text"], "formats": ["<u4", "<u8"], "offsets": [0, 4], "itemsize": 16})
-
-
-def _hex32(values: pl.Series) -> pl.Series | None:
-    """Read 8 hexadecimal digits at once: three times as fast as digit by digit. None when a field has fewer or others.
-
-    Arrow's string views keep texts of up to 12 bytes within 16-byte records, so 8 digits are one 64-bit word. Each byte
-    of it becomes its digit's value; three rounds of shift and mask put the eight together.
-    """
-    views = values.to_arrow(compat_level=pl.CompatLevel.newest())
-    found = np.frombuffer(views.buffers()[1], dtype=_VIEW, count=len(views) + views.offset)[views.offset :]
-    is_null = views.is_null().to_numpy(zero_copy_only=False) if views.null_count else None
-    is_right = found["length"] == 8
-    word = found["text"].copy()
-    marks = word >> np.uint64(2)
-    marks |= word
-    marks &= _each(0x10)
-    is_right &= marks == _each(0x10)  # of the alphabet only "-" has neither bit 4 (digits) nor bit 6 (letters)
-    if not (is_right.all() if is_null is None else (is_right | is_null).all()):
-        return None
-    letters = (word >> np.uint64(6)) & _each(0x01)
-    word &= _each(0x0F)
-    word += letters * np.uint64(9)
-    for bits, mask in ((4, 0x00FF00FF00FF00FF), (8, 0x0000FFFF0000FFFF)):
-        word = ((word << np.uint64(bits)) | (word >> np.uint64(2 * bits))) & np.uint64(mask)
-    word = (word << np.uint64(16)) | (word >> np.uint64(32))
-    numbers = pa.array(word.astype(np.uint32), mask=is_null)
-    return pl.Series(values.name, numbers)
-
-
-def _each(byte: int) -> np.uint64:
-    return np.uint64(byte * 0x0101010101010101)
 
 
 # ---- malformed rows
@@ -184,7 +142,7 @@ def _problem_of_field(raw: RawFormat, column: Column, field: bytes) -> str | Non
     if b"\0" in field or (b"\r" in field and not raw.is_numeric):
         return f"column {column.name}: {_shown(field)} holds a NUL byte or a carriage return"
     if column.kind == "unused" or not (field or column.kind in _REQUIRED):
-        is_right = not field.translate(None, _DIGITS) if raw.is_numeric else _fits("text", field)
+        is_right = not field.translate(None, DIGITS) if raw.is_numeric else _fits("text", field)
         expected = "made of digits" if raw.is_numeric else _EXPECTED["text"]
     else:
         is_right, expected = _fits(column.kind, field), _EXPECTED[column.kind]

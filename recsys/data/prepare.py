@@ -17,6 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys.config import InputError, write_whole
@@ -117,6 +118,7 @@ class Preparation:
             for facts in filter(None, done):
                 advanced(facts["fingerprint"][0], sum(part["num_rows"] for part in facts["parts"]))
             files = self._run(ingest, jobs, done, advanced, memory=INGEST_BYTES, cpus=self.ingest_threads)
+        pa.default_memory_pool().release_unused()  # of the system's allocator, whoever allocated: up to 150 MiB
         malformed = [told for file in files for part in file["parts"] for told in part["malformed"]]
         num_malformed = sum(part["num_malformed"] for file in files for part in file["parts"])
         if num_malformed > self.config.max_malformed:

@@ -18,6 +18,7 @@ from recsys.place import is_local
 CHUNK_BYTES = 16 << 20  # of 2 to 256 MiB the fastest to parse
 PARQUET_BATCH_ROWS = 65_536
 MAX_LINE_BYTES = 32 << 20
+COUNTED_BYTES = 64 << 10
 GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -56,11 +57,12 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, int]]:
     rest = None
     offset = 0
     for block, offset in _read_blocks(path):
-        text = (rest or b"") + block
-        end = text.rfind(b"\n") + 1
+        end = block.rfind(b"\n") + 1
         if end:
-            yield text[:end], offset
-        rest = text[end:]
+            yield b"".join((rest or b"", memoryview(block)[:end])), offset
+            rest = block[end:]
+        else:
+            rest = (rest or b"") + block
         if len(rest) > MAX_LINE_BYTES:
             raise InputError(f"{path}: no line ends within {len(rest):,} bytes; is it a text file, one click a line?")
     if rest is None:
@@ -70,8 +72,14 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, int]]:
 
 
 def count(text: bytes, character: str) -> int:
-    """How often an ASCII character occurs; eight times as fast as `bytes.count`."""
-    return int(np.count_nonzero(np.frombuffer(text, dtype=np.uint8) == ord(character)))
+    """How often an ASCII character occurs; several times as fast as `bytes.count`."""
+    characters = np.frombuffer(text, dtype=np.uint8)
+    found = np.empty(COUNTED_BYTES, dtype=np.bool_)  # small: new pages cost more than the comparison
+    num_found = 0
+    for begin in range(0, len(characters), COUNTED_BYTES):
+        block = characters[begin : begin + COUNTED_BYTES]
+        num_found += int(np.count_nonzero(np.equal(block, ord(character), out=found[: len(block)])))
+    return num_found
 
 
 def check_readable(path: Path) -> None:

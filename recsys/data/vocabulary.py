@@ -198,11 +198,13 @@ def _count(
 
 
 def _count_part(part: PartOfLog, feature: str, weight: str | None) -> pl.DataFrame:
+    from recsys.data.dictionary import sums_by_code  # noqa: PLC0415  (numba)
+
     batch = read_part(part.path, [feature, SPLIT, *([weight] if weight else [])])
     column = batch.column(feature)
     trains = part.split(batch) == TRAIN
-    weights = batch.column(weight).to_numpy()[trains] if weight else None
-    counts = np.bincount(column.indices.to_numpy()[trains], weights, minlength=len(column.dictionary))
+    times = np.where(trains, batch.column(weight).to_numpy(), 0).astype(np.int64) if weight else trains
+    counts = sums_by_code(column.indices.to_numpy(), times, len(column.dictionary))
     counted = pl.DataFrame({"key": pl.Series(column.dictionary), "count": counts.astype(np.uint64)})
     return counted.filter(pl.col("key").is_not_null() & (pl.col("count") > 0))
 
