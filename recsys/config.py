@@ -165,4 +165,4 @@ def _load_union(kinds: tuple[Any, ...], values: Any, where: str) -> Any:
             return _load(kind, values, where)
         except InputError as problem:
             problems.append(str(problem))
-    raise InputError(problems[0])
+    raise InputError(f"{problems[0]}, or none" if type(None) in kinds else problems[0])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from recsys.backbones import BACKBONES
+from recsys.members import LARGEST_RUNG
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,14 +17,14 @@ class LadderConfig:
     embedding_dim: int = 16
     """Columns of each field's embedding."""
     rungs: tuple[float, ...] = (1, 2, 4)
-    """Multiples of the work of the default sizes, to aim at."""
+    """Rungs: along the width, hidden widths times the root of this; along the depth, layers times this."""
 
     def __post_init__(self) -> None:
         for name in ("num_fields", "embedding_dim"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 2")
-        if not self.rungs or min(self.rungs) < 1:
-            raise ValueError(f"rungs {self.rungs} must be 1 or more")
+        if not self.rungs or not all(1 <= rung <= LARGEST_RUNG for rung in self.rungs):
+            raise ValueError(f"rungs {self.rungs} must lie between 1 and {LARGEST_RUNG:,}")
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,18 @@
 """Members: what each is made of, read from texts like `wukong*4` or `dcnv2:name=wide,width=4,dense_lr=3e-4`."""
 
 import dataclasses
+import itertools
 import json
+import math
 import re
+import types
 import typing
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
 
 from recsys.backbones import BACKBONES
 from recsys.config import InputError, dump, load, nearest
@@ -46,6 +51,9 @@ class ModelConfig:
     """Whether each member has tables of its own; members that share tables are not independent."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the members: bf16 is autocast, with parameters and tables in fp32."""
+    batched: Literal["auto", "on", "off"] = "auto"
+    """Whether members of one make are computed as one, with the same results to rounding: auto measures both ways
+    when a job starts on a GPU, and does not on a CPU, where it never paid."""
 
     def __post_init__(self) -> None:
         if self.embedding_dim < 4 or self.embedding_dim % 4:
@@ -53,12 +61,14 @@ class ModelConfig:
             raise ValueError(f"embedding_dim {self.embedding_dim} must be a multiple of 4; {right} is")
         if not 0 <= self.embedding_dropout < 1:
             raise ValueError(f"embedding_dropout {self.embedding_dropout} must lie in [0, 1)")
+        if not 0 < self.init_scale < math.inf:
+            raise ValueError(f"init_scale {self.init_scale} must be a finite number above 0")
         for name in ("dense_hidden", "head_hidden"):
             if any(width < 1 for width in getattr(self, name)):
                 raise ValueError(f"{name} {getattr(self, name)} must hold widths of at least 1")
 
 
-OF_THE_JOB = ("tables", "precision")
+OF_THE_JOB = ("tables", "precision", "batched")
 """Fields of ModelConfig that no member can have otherwise than the others."""
 
 
@@ -78,7 +88,10 @@ class MemberSpec:
 
 
 _MEMBER = re.compile(r"(?P<backbone>\w+)(?:\*(?P<count>[1-9]\d*))?(?P<options>:.*)?", re.ASCII)
-_RESERVED = ("merged", "shared")
+FILE_COLUMNS = ("row", "label", "weight")
+"""Columns of a file of predictions beside the members'."""
+RESERVED = ("merged", "shared", *FILE_COLUMNS)
+LARGEST_RUNG = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +108,11 @@ class _Own:
     def __post_init__(self) -> None:
         for name in ("dense_lr", "table_lr"):
             lr = getattr(self, name)
-            if lr is not None and not lr > 0:
-                raise ValueError(f"{name} {lr} must be above 0")
+            if lr is not None and not 0 <= lr < math.inf:
+                raise ValueError(f"{name} {lr} must be a finite number, and not negative")
         for name in ("width", "depth"):
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+            if not 1 <= getattr(self, name) <= LARGEST_RUNG:
+                raise ValueError(f"{name} {getattr(self, name)} must lie between 1 and {LARGEST_RUNG:,}")
 
 
 def parse_members(
@@ -107,17 +120,18 @@ def parse_members(
 ) -> tuple[MemberSpec, ...]:
     """Read members: `NAME`, `NAME*COUNT`, each with options `:KEY=VALUE,KEY=VALUE`.
 
-    The first member of a backbone gets `seed`, its next ones seed + 1000, ...; so a member's name and seed do not
-    depend on which others are asked for. Options are `name`, `seed`, `dense_lr`, `table_lr`, `width` and `depth` (rungs
-    of the backbone's ladder: about that many times the work), the backbone's own fields, and those of ModelConfig that
-    are not the whole job's. Widths of several layers are written 256-128.
+    The first member of a backbone gets `seed`, its next ones seed + 1000, ...; those with a seed or a name of their own
+    are not counted for it. So what a member is called and draws does not depend on members of other backbones. Options
+    are `name`, `seed`, `dense_lr`, `table_lr`, `width` and `depth` (rungs of the backbone's ladder), the backbone's own
+    fields, and those of ModelConfig that are not the whole job's. Widths of several layers are written 256-128.
 
     Raises:
         InputError: an unknown backbone or option, with the nearest right ones, a value that cannot be, or no member.
     """
     model, backbones = model or ModelConfig(), backbones or BackboneConfigs()
     members: list[MemberSpec] = []
-    counts: Counter[str] = Counter()
+    names: Counter[str] = Counter()
+    seeds: Counter[str] = Counter()
     for text in texts:
         match = _MEMBER.fullmatch(text)
         if not match:
@@ -130,15 +144,16 @@ def parse_members(
             raise InputError(f"unknown backbone {backbone!r}; {nearest(backbone, BACKBONES)}")
         own, of_model, sizes = _options(match["options"] or "", text, model, getattr(backbones, backbone))
         for index in range(int(match["count"] or 1)):
-            number = counts[backbone]
-            counts[backbone] += 1
-            name = _numbered(own.name, index) if own.name else _numbered(backbone, number)
-            own_seed = seed + number * SEED_STRIDE if own.seed is None else own.seed + index * SEED_STRIDE
+            name = _numbered(own.name or backbone, index if own.name else names[backbone])
+            first = seed if own.seed is None else own.seed
+            names[backbone] += own.name is None
+            number = seeds[backbone] if own.seed is None else index
+            seeds[backbone] += own.seed is None
             members.append(
                 MemberSpec(
                     name=name,
                     backbone=backbone,
-                    seed=own_seed,
+                    seed=first + number * SEED_STRIDE,
                     model=of_model,
                     sizes=sizes,
                     dense_lr=own.dense_lr,
@@ -158,14 +173,30 @@ def _check(members: list[MemberSpec]) -> None:
         raise InputError(f"no member named; known backbones are {', '.join(BACKBONES)}")
     names = Counter(member.name for member in members)
     for member in members:
-        if names[member.name] > 1 or member.name in _RESERVED or not re.fullmatch(r"\w+", member.name, re.ASCII):
+        is_word = re.fullmatch(r"\w+", member.name, re.ASCII) and not hasattr(nn.ModuleDict, member.name)
+        if names[member.name] > 1 or member.name in RESERVED or not is_word:
             raise InputError(
                 f"member name {member.name!r} cannot be: names are words, each taken once, and none of "
-                f"{', '.join(_RESERVED)}"
+                f"{', '.join(RESERVED)} or of a torch module's attributes"
             )
-    dims = {member.model.embedding_dim for member in members}
-    if members[0].model.tables == "shared" and len(dims) > 1:
-        raise InputError(f"members that share tables need one embedding_dim, not {', '.join(map(str, sorted(dims)))}")
+    for one, other in itertools.combinations(members, 2):
+        if replace(one, name="") == replace(other, name=""):
+            raise InputError(
+                f"members {one.name} and {other.name} are the same: backbone {one.backbone}, seed {one.seed} and all "
+                "settings; a merge of both gains nothing, so give one another seed"
+            )
+    if members[0].model.tables == "shared":
+        _check_shared(members)
+
+
+def _check_shared(members: list[MemberSpec]) -> None:
+    for name in ("embedding_dim", "init_scale"):
+        values = {getattr(member.model, name) for member in members}
+        if len(values) > 1:
+            raise InputError(f"members that share tables need one {name}, not {', '.join(map(str, sorted(values)))}")
+    for member in members:
+        if member.table_lr is not None:
+            raise InputError(f"member {member.name}: tables are shared, so --optimizer.table-lr is all members' rate")
 
 
 def _options(text: str, where: str, model: ModelConfig, sizes: Any) -> tuple[_Own, ModelConfig, Any]:
@@ -178,6 +209,7 @@ def _options(text: str, where: str, model: ModelConfig, sizes: Any) -> tuple[_Ow
         key, equals, value = option.partition("=")
         if not equals or key not in known:
             told = f"the whole job has one {key}" if key in OF_THE_JOB else nearest(key, sorted(known))
+            told = "widths of several layers are written 256-128" if key.isdigit() else told
             raise InputError(f"member {where!r}: {option!r} is no option KEY=VALUE; {told}")
         for hint, change in zip(hints, changes, strict=True):
             if key in hint:
@@ -194,10 +226,11 @@ def _options(text: str, where: str, model: ModelConfig, sizes: Any) -> tuple[_Ow
 
 def _value(text: str, hint: Any) -> Any:
     """Read an option's text as JSON would have it for a field of this type."""
-    if typing.get_origin(hint) is tuple:
-        return [int(width) if width.isdigit() else width for width in filter(None, text.split("-"))]
     if text.lower() == "none":
         return None
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if any(typing.get_origin(kind) is tuple for kind in kinds):
+        return [int(width) if width.isdigit() else width for width in filter(None, text.split("-"))]
     try:
         value = json.loads(text)
     except ValueError:
@@ -212,6 +245,7 @@ def describe_member(spec: MemberSpec, model: ModelConfig, backbones: BackboneCon
     for now, usual in ((spec.model, model), (spec.sizes, getattr(backbones, spec.backbone))):
         fields = (field.name for field in dataclasses.fields(now))
         options |= {key: getattr(now, key) for key in fields if getattr(now, key) != getattr(usual, key)}
+    options.pop("batched", None)  # how members are computed, not what they are
     for key in OF_THE_JOB:
         if key in options:
             raise InputError(f"member {spec.name} has {key} {options[key]}, where the job has {getattr(model, key)}")

@@ -27,4 +27,4 @@ def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_rungs_below_the_default_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["backbones", "--rungs", "0.5"]) == 2
-    assert "must be 1 or more" in capsys.readouterr().err
+    assert "must lie between 1 and 10,000" in capsys.readouterr().err

@@ -1,7 +1,10 @@
 """Members as texts: names, seeds, options, and what is wrong with them."""
 
+import dataclasses
+
 import pytest
 
+from recsys.backbones import BACKBONES
 from recsys.backbones.dcnv2 import DCNv2Config
 from recsys.backbones.wukong import WukongConfig
 from recsys.config import InputError
@@ -54,12 +57,19 @@ def test_a_member_is_the_same_whoever_rides_along() -> None:
         (["dcnv2:dropout=2"], "member 'dcnv2:dropout=2': dropout is 2"),
         (["dcnv2:hidden=256-x"], r"hidden\[1\]: expected int, found 'x'"),
         (["dcnv2:seed=x"], "seed: expected int, found 'x'"),
-        (["dcnv2:dense_lr=-1"], "dense_lr -1.0 must be above 0"),
-        (["dcnv2:width=0.5"], "width 0.5 must be at least 1"),
+        (["dcnv2:dense_lr=-1"], "dense_lr -1.0 must be a finite number, and not negative"),
+        (["dcnv2:width=0.5"], "width 0.5 must lie between 1 and 10,000"),
         (["dcnv2:embedding_dim=10"], "must be a multiple of 4; 12 is"),
         (["rankmixer:token_dim=60"], "must be a multiple of num_tokens = 8, give 56 or 64"),
         (["dcnv2:name=a", "wukong:name=a"], "member name 'a' cannot be"),
         (["dcnv2:name=merged"], "member name 'merged' cannot be"),
+        (["dcnv2:name=label"], "member name 'label' cannot be"),
+        (["dcnv2:name=keys"], "member name 'keys' cannot be"),
+        (["dcnv2:width=Infinity"], "width inf must lie between 1"),
+        (["dcnv2:init_scale=NaN"], "init_scale nan must be a finite number above 0"),
+        (["dcnv2:hidden=256,128"], "widths of several layers are written 256-128"),
+        (["dcnv2:rank=x"], "rank: expected int, found 'x', or none"),
+        (["dcnv2:seed=1000", "dcnv2*2"], "members dcnv2 and dcnv2_3 are the same: backbone dcnv2, seed 1000"),
         (["dcnv2:name=a.b"], "member name 'a.b' cannot be"),
         ([], "no member named; known backbones are .*dcnv2"),
     ],
@@ -78,7 +88,7 @@ def test_options_change_one_member() -> None:
     assert first.model == ModelConfig(embedding_dim=32, head_hidden=(16, 8))
     assert first.sizes == DCNv2Config(hidden=(100,))
     assert (second.name, second.seed, second.sizes) == ("own_2", 1005, first.sizes)
-    assert (plain.name, plain.seed) == ("dcnv2_3", 2007)
+    assert (plain.name, plain.seed) == ("dcnv2", 7)
     assert (plain.model, plain.sizes) == (model, backbones.dcnv2)
     (linear_head,) = parse_members(["dcnv2:head_hidden="], 7, model, backbones)
     assert linear_head.model.head_hidden == ()
@@ -94,6 +104,32 @@ def test_members_that_share_tables_have_one_width() -> None:
     shared = ModelConfig(tables="shared")
     with pytest.raises(InputError, match="members that share tables need one embedding_dim, not 16, 32"):
         parse_members(["dcnv2", "wukong:embedding_dim=32"], 0, shared)
+    with pytest.raises(InputError, match=r"members that share tables need one init_scale, not 0\.01, 0\.2"):
+        parse_members(["dcnv2", "wukong:init_scale=0.2"], 0, shared)
+    with pytest.raises(InputError, match=r"member wukong: tables are shared, so --optimizer\.table-lr is all members'"):
+        parse_members(["dcnv2", "wukong:table_lr=0.2"], 0, shared)
+
+
+def test_no_option_means_two_things() -> None:
+    of_members = {"name", "seed", "dense_lr", "table_lr", "width", "depth"}
+    of_model = {field.name for field in dataclasses.fields(ModelConfig)}
+    assert not of_members & of_model
+    for name, kind in BACKBONES.items():
+        assert not {field.name for field in dataclasses.fields(kind.Config)} & (of_members | of_model), name
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_size_of_every_backbone_is_written_and_read_back(name: str) -> None:
+    (usual,) = parse_members([name], 0)
+    (bigger,) = parse_members([f"{name}:width=3,depth=2"], 0)
+    assert bigger.sizes != usual.sizes
+    text = describe_member(bigger, ModelConfig(), BackboneConfigs())
+    assert parse_members([text], 0) == (bigger,)
+
+
+def test_optional_widths_are_read() -> None:
+    (member,) = parse_members(["autoint:hidden=64-32"], 0)
+    assert member.sizes.hidden == (64, 32)
 
 
 @pytest.mark.parametrize(

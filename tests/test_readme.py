@@ -31,7 +31,7 @@ def test_the_sample_backbone_keeps_the_contract() -> None:
     with FlopCounterMode(display=False) as counter:
         backbone(x_BFD)
     assert counter.get_total_flops() == 5 * backbone.flops()
-    wider = module.NFM(3, 4, module.NFMConfig().ladder(4))
+    wider = module.NFM(3, 4, module.NFMConfig().ladder(4, "width"))
     assert wider.flops() > backbone.flops()
     assert "nfm" not in BACKBONES, "it exists: the README needs another example"
 

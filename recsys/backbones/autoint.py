@@ -47,7 +47,7 @@ class AutoIntConfig:
         sizes = {"num_layers": self.num_layers, "num_heads": self.num_heads, "head_dim": self.head_dim}
         check_sizes(self.dropout, hidden=self.hidden, **sizes)
 
-    def ladder(self, k: float, along: Along = "width") -> Self:
+    def ladder(self, k: float, along: Along) -> Self:
         """Scale the heads' width and the MLP's widths, or the layers of both."""
         if along == "width":
             hidden = None if self.hidden is None else wider_mlp(self.hidden, k)

@@ -16,12 +16,13 @@ Along = Literal["width", "depth"]
 class Ladder(Protocol):
     """What every backbone's config can do: be scaled by one dial."""
 
-    def ladder(self, k: float, along: Along = "width") -> Self:
-        """Scale these sizes for about `k` times the work a row, `k > 0`; 1 is the config itself, below it is smaller.
+    def ladder(self, k: float, along: Along) -> Self:
+        """Scale these sizes, `k > 0`; 1 is the config itself, below it is smaller.
 
-        Along the width, hidden widths grow with the root of `k`; along the depth, layers grow with `k`. A larger `k`
-        never gives fewer parameters or FLOPs, and no size falls below 1. What a rung really costs depends on the
-        fields: see `Backbone.flops`.
+        Along the width, hidden widths grow with the root of `k`, so that square matrices grow with `k`; along the
+        depth, layers grow with `k`. What reads the fields keeps its input width, so a rung mostly costs less than `k`
+        times the work: `Backbone.flops` says how much. A larger `k` never gives fewer parameters or FLOPs, and no size
+        falls below 1.
         """
         ...
 

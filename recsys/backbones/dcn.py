@@ -26,7 +26,7 @@ class DCNConfig:
     def __post_init__(self) -> None:
         check_sizes(self.dropout, num_cross_layers=self.num_cross_layers, hidden=self.hidden)
 
-    def ladder(self, k: float, along: Along = "width") -> Self:
+    def ladder(self, k: float, along: Along) -> Self:
         """Scale the MLP's widths, or cross layers and MLP layers; the cross layers are as wide as the fields."""
         if along == "width":
             return replace(self, hidden=wider_mlp(self.hidden, k))

@@ -46,7 +46,7 @@ class DCNv2Config:
                 f"num_experts is {self.num_experts}: experts are low-rank, give a rank too, such as rank = 64"
             )
 
-    def ladder(self, k: float, along: Along = "width") -> Self:
+    def ladder(self, k: float, along: Along) -> Self:
         """Scale the MLP's widths and the rank, or the layers of both; full cross weights are as wide as the fields."""
         if along == "width":
             rank = None if self.rank is None else wider(self.rank, k)

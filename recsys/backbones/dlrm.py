@@ -23,7 +23,7 @@ class DLRMConfig:
     def __post_init__(self) -> None:
         check_sizes(self.dropout, hidden=self.hidden)
 
-    def ladder(self, k: float, along: Along = "width") -> Self:
+    def ladder(self, k: float, along: Along) -> Self:
         """Scale the top MLP's widths or layers; the interaction has no size of its own."""
         scale = wider_mlp if along == "width" else deeper_mlp
         return replace(self, hidden=scale(self.hidden, k))

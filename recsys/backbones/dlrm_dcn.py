@@ -29,7 +29,7 @@ class DLRMDCNConfig:
     def __post_init__(self) -> None:
         check_sizes(self.dropout, num_cross_layers=self.num_cross_layers, rank=self.rank, hidden=self.hidden)
 
-    def ladder(self, k: float, along: Along = "width") -> Self:
+    def ladder(self, k: float, along: Along) -> Self:
         """Scale the rank and the over-arch's widths, or the layers of both."""
         if along == "width":
             return replace(self, rank=wider(self.rank, k), hidden=wider_mlp(self.hidden, k))

@@ -45,7 +45,7 @@ class FinalMLPConfig:
         if self.gate_dim is None and self.gate_fields1 + self.gate_fields2:
             raise ValueError("gate_fields need gates: give gate_dim, such as 64, or leave the fields out")
 
-    def ladder(self, k: float, along: Along = "width") -> Self:
+    def ladder(self, k: float, along: Along) -> Self:
         """Scale the streams' widths, the last kept a multiple of num_heads, or their layers."""
         if along == "depth":
             return replace(self, hidden1=deeper_mlp(self.hidden1, k), hidden2=deeper_mlp(self.hidden2, k))

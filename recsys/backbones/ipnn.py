@@ -23,7 +23,7 @@ class IPNNConfig:
     def __post_init__(self) -> None:
         check_sizes(self.dropout, hidden=self.hidden)
 
-    def ladder(self, k: float, along: Along = "width") -> Self:
+    def ladder(self, k: float, along: Along) -> Self:
         """Scale the MLP's widths, or its layers; the products are as many as the pairs of fields."""
         return replace(self, hidden=wider_mlp(self.hidden, k) if along == "width" else deeper_mlp(self.hidden, k))
 

@@ -42,7 +42,7 @@ class MaskNetConfig:
             hidden=self.hidden,
         )
 
-    def ladder(self, k: float, along: Along = "width") -> Self:
+    def ladder(self, k: float, along: Along) -> Self:
         """Scale the widths of blocks, masks and MLP, or blocks and MLP layers."""
         if along == "depth":
             return replace(self, num_blocks=deeper(self.num_blocks, k), hidden=deeper_mlp(self.hidden, k))

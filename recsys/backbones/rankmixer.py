@@ -63,7 +63,7 @@ class RankMixerConfig:
                 f"token_dim is {self.token_dim}: it must be a multiple of num_tokens = {self.num_tokens}, give {works}"
             )
 
-    def ladder(self, k: float, along: Along = "width") -> Self:
+    def ladder(self, k: float, along: Along) -> Self:
         """Scale the tokens' width, kept a multiple of their number, or the blocks."""
         if along == "width":
             return replace(self, token_dim=wider(self.token_dim, k, multiple=self.num_tokens))

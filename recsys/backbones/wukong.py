@@ -42,7 +42,7 @@ class WukongConfig:
             hidden=self.hidden,
         )
 
-    def ladder(self, k: float, along: Along = "depth") -> Self:
+    def ladder(self, k: float, along: Along) -> Self:
         """Scale the layers (which the paper scales first), or tokens, rank and hidden widths."""
         if along == "depth":
             return replace(self, num_layers=deeper(self.num_layers, k))

@@ -73,7 +73,7 @@ def merge_runs(config: MergeConfig, world: World) -> dict[str, ClickMetrics] | N
     checkpoint.save(run.checkpoints, trainer.step, trainer.task, trainer.optimizer, run.config)
     if predictions:
         merge = merge_for(merged.merge, predictions)
-        run.save_merge(merge, greedy_order(predictions))
+        run.save_merge(merge, greedy_order(predictions), trainer.step)
         metrics = member_metrics(predictions, merge)
         with run.writer(trainer.step, is_first=True) as write:
             write("valid", trainer.step, {name: asdict(member) for name, member in metrics.items()})

@@ -14,10 +14,11 @@ from recsys.config import InputError, load_file, nearest
 from recsys.distributed import World, on_first
 from recsys.merge.rules import Merge
 from recsys.place import Place
+from recsys.training import checkpoint
 from recsys.training.budget import Answers, Timed
 from recsys.training.config import TrainConfig
 from recsys.training.metrics import ClickMetrics, click_metrics
-from recsys.training.predict import Predictor, merge_of
+from recsys.training.predict import Predictor
 from recsys.training.predictions import MERGED, Predictions
 from recsys.training.run import RunFolder
 
@@ -84,11 +85,11 @@ def answer(config: PredictConfig, world: World) -> Answer | None:
         if world.size > 1:
             raise InputError(f"--budget is for one process, and this job has {world.size}; start it without torchrun")
         members = [_predictor(config, world, [name]) for name in names]
-        merge, facts = merge_of(run, members[0].config, names), members[0].facts(config.split)
+        merge, facts = members[0].merge(names), members[0].facts(config.split)
         predictions, timing = Timed(members, config.budget_ms).predict(config.split)
     else:
         predictor = _predictor(config, world, names)
-        merge, facts = on_first(predictor.merge), predictor.facts(config.split)
+        merge, facts = predictor.merge(), predictor.facts(config.split)
         predictions = predictor.predict(config.split)
     if predictions is None:
         return None
@@ -118,7 +119,9 @@ def _members(run: RunFolder, config: PredictConfig) -> list[str]:
 
 
 def _best_first(run: RunFolder, known: list[str]) -> list[str]:
-    return run.load_merge()[1] if run.merge.exists() else known
+    newest = checkpoint.newest(run.checkpoints)
+    saved = run.load_merge(checkpoint.step_of(newest)) if newest else None
+    return saved[1] if saved else known
 
 
 def merge_answers(predictions: Predictions, merge: Merge) -> np.ndarray:

@@ -11,7 +11,7 @@ from tyro.conf import Positional
 from recsys.config import InputError, write_whole
 from recsys.data.schema import SPLITS
 from recsys.data.split import split_of
-from recsys.distributed import World, on_first
+from recsys.distributed import World
 from recsys.place import Place
 from recsys.training.metrics import ClickMetrics, click_metrics
 from recsys.training.predict import Predictor
@@ -45,7 +45,7 @@ def evaluate(config: EvaluateConfig, world: World) -> dict[str, ClickMetrics] | 
     if config.json and not config.json.absolute().parent.is_dir():
         raise InputError(f"--json {config.json}: no such folder to write it to")
     predictor = Predictor(config.run, world, data=config.data)
-    merge = on_first(predictor.merge)
+    merge = predictor.merge()
     predictions = predictor.predict(config.split)
     if predictions is None:
         return None

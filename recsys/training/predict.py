@@ -17,8 +17,8 @@ from recsys.merge.rules import FITTED, Merge
 from recsys.tasks.click import Outputs
 from recsys.training import checkpoint
 from recsys.training.config import TrainConfig
-from recsys.training.predictions import Predictions
-from recsys.training.run import RunFolder
+from recsys.training.predictions import Predictions, greedy_order, merge_for
+from recsys.training.run import RunFolder, data_facts
 from recsys.training.sharded import held_out, shard
 
 
@@ -70,9 +70,34 @@ class Predictor:
         """Of the members."""
         return [spec.name for spec in self.specs]
 
-    def merge(self) -> Merge:
-        """The run's merge of these members."""
-        return merge_of(self.run, self.config, self.names)
+    def merge(self, members: Sequence[str] | None = None) -> Merge:
+        """The run's merge of these members, or of others in the order given; all ranks call it.
+
+        A fitted rule is fitted anew, and kept, where validation has not done so at this step: the run was killed in
+        between, or it saves more often than it validates.
+
+        Raises:
+            InputError: the rule must be fitted anew, and not all members are here.
+        """
+        config, everyone = self.config, [spec.name for spec in self.config.specs()]
+        if config.merge not in FITTED:
+            return Merge(rule=config.merge)
+        saved = on_first(lambda: self.run.load_merge(self.step))
+        if saved is None:
+            if self.names != everyone:
+                raise InputError(
+                    f"{self.run.path}: {config.merge} was not fitted at step {self.step}; `recsys evaluate "
+                    f"{self.run.path}` does that"
+                )
+            predictions = self.predict("valid")
+            saved = on_first(lambda: self._fit(predictions))
+        return saved[0].subset([everyone.index(name) for name in members or self.names])
+
+    def _fit(self, predictions: Predictions | None) -> tuple[Merge, list[str]]:
+        assert predictions is not None, "rank 0 has them"
+        merge, order = merge_for(self.config.merge, predictions), greedy_order(predictions)
+        self.run.save_merge(merge, order, self.step)
+        return merge, order
 
     def held_out(self, split: str) -> Loader:
         """Every row of a split once, in the order of its files."""
@@ -80,23 +105,13 @@ class Predictor:
 
     def facts(self, split: str) -> dict[str, str]:
         """What predictions of a split are of."""
-        return {"schema": self.schema.hash, "split": split, "data": str(self.config.data)}
+        manifest = data_facts(self.config.data)["manifest_sha256"]
+        facts = {"schema": self.schema.hash, "split": split, "data": str(self.config.data)}
+        return facts | ({"manifest": manifest} if manifest else {})
 
     def predict(self, split: str) -> Predictions | None:
         """Logits of a split's rows on rank 0, None on the others."""
         return predict(self.task, self.names, self.held_out(split).once(), self.world)
-
-
-def merge_of(run: RunFolder, config: TrainConfig, members: Sequence[str]) -> Merge:
-    """Make a run's merge of some members, in their order: of what was fitted, what is left for them.
-
-    Raises:
-        InputError: the rule is one that is fitted, and the run has not got to validation rows yet.
-    """
-    if config.merge not in FITTED:
-        return Merge(rule=config.merge)
-    known = [spec.name for spec in config.specs()]
-    return run.load_merge()[0].subset([known.index(name) for name in members])
 
 
 @torch.no_grad()

@@ -70,26 +70,29 @@ class RunFolder:
     def describe(self, config: Any, schema: Schema, plan: Mapping[str, Any]) -> None:
         """Write what is known before the first step; `config.json` last, since it marks the folder as taken."""
         schema.save(self.path)
-        write_whole(self.data, json.dumps(data_facts(config.data), indent=2) + "\n")
+        if not self.data.exists():
+            write_whole(self.data, json.dumps(data_facts(config.data), indent=2) + "\n")
         write_whole(self.path / "plan.json", json.dumps(plan, indent=2) + "\n")
         write_whole(self.config, json.dumps(dump(config), indent=2) + "\n")
 
-    def save_merge(self, merge: Merge, order: Sequence[str]) -> None:
-        """Write the merge, and members from the one to keep first to the one to drop first."""
-        write_whole(self.merge, json.dumps({**asdict(merge), "order": list(order)}, indent=2) + "\n")
+    def save_merge(self, merge: Merge, order: Sequence[str], step: int) -> None:
+        """Write the merge of the members at a step, and members from the one to keep first to the one to drop first."""
+        write_whole(self.merge, json.dumps({**asdict(merge), "order": list(order), "step": step}, indent=2) + "\n")
 
-    def load_merge(self) -> tuple[Merge, list[str]]:
-        """Read both back.
+    def load_merge(self, step: int) -> tuple[Merge, list[str]] | None:
+        """Read both back; None where validation has not written them at this step.
 
         Raises:
-            InputError: the run has not got to validation rows yet.
+            InputError: the file holds something else.
         """
+        if not self.merge.exists():
+            return None
         try:
             values = json.loads(self.merge.read_text())
-            order = values.pop("order")
-            return Merge(**values), order
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{self.merge}: cannot read the merge, which validation writes ({error})") from None
+            order, written = list(values.pop("order")), values.pop("step")
+            return (Merge(**values), order) if written == step else None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"{self.merge}: not a merge ({error}); remove it, and evaluate fits it anew") from None
 
     def check_schema(self, schema: Schema) -> None:
         """Compare data with what the run was trained on.
@@ -108,6 +111,22 @@ class RunFolder:
                     f"the model {trained or 'no'}; evaluate on the data that it was trained on"
                 )
         raise InputError(f"the data does not fit the run {self.path}: other dense columns or labels")
+
+    def check_data(self, folder: Path) -> None:
+        """Compare prepared data with what the run was trained on so far.
+
+        Raises:
+            InputError: other data, naming what differs.
+        """
+        if not self.data.exists():
+            return
+        mine, given = read_facts(self.data), data_facts(folder)
+        for name, value in given.items():
+            if mine.get(name) != value:
+                raise InputError(
+                    f"{folder} is not the data that the run {self.path} was trained on: {name} {value} instead of "
+                    f"{mine.get(name)}; rows that are held out now may have been learnt before"
+                )
 
     @contextmanager
     def writer(self, step: int, is_first: bool) -> Iterator[Callable[[str, int, Mapping[str, Any]], None]]:
@@ -132,6 +151,18 @@ class RunFolder:
                     board.add_scalar(f"{kind}/{name}", value, step)
 
             yield write
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """Read what `data_facts` gave.
+
+    Raises:
+        InputError: the file holds something else.
+    """
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: cannot read which data the run was trained on ({error})") from None
 
 
 def data_facts(folder: Path) -> dict[str, Any]:

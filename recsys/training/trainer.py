@@ -3,9 +3,10 @@
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
@@ -54,7 +55,7 @@ class Trainer:
             self.load(newest)
         if self.world.is_first:
             run.describe(replace(config, resume=False), self.schema, self.plan)
-        loop, metrics = config.train, None
+        loop = config.train
         batches = itertools.islice(self.loader.stream(self.step), self.num_steps - self.step)
         started, window = time.perf_counter(), self.step
         with (
@@ -80,14 +81,22 @@ class Trainer:
                 advance(loop.batch_size, note)
                 if is_last or (loop.save_every and self.step % loop.save_every == 0):
                     checkpoint.save(run.checkpoints, self.step, self.task, self.optimizer, run.config)
-                if is_last or (loop.validate_every and self.step % loop.validate_every == 0):
-                    predictions = self.predict(self.valid_loader)
-                    if predictions:
-                        merge = merge_for(config.merge, predictions)
-                        run.save_merge(merge, greedy_order(predictions))
-                        metrics = member_metrics(predictions, merge)
-                        write("valid", self.step, {name: asdict(member) for name, member in metrics.items()})
+                if not is_last and loop.validate_every and self.step % loop.validate_every == 0:
+                    self._validate(run, write)
                     started, window = time.perf_counter(), self.step
+            return self._validate(run, write)
+
+    def _validate(
+        self, run: RunFolder, write: Callable[[str, int, Mapping[str, Any]], None]
+    ) -> dict[str, ClickMetrics] | None:
+        """Score the validation rows, and keep the merge; None on ranks other than 0."""
+        predictions = self.predict(self.valid_loader)
+        if predictions is None:
+            return None
+        merge = merge_for(self.config.merge, predictions)
+        metrics = member_metrics(predictions, merge)
+        write("valid", self.step, {name: asdict(member) for name, member in metrics.items()})
+        run.save_merge(merge, greedy_order(predictions), self.step)
         return metrics
 
     def _open_run(self) -> tuple[RunFolder, Path | None]:
@@ -99,19 +108,29 @@ class Trainer:
             before = load_file(TrainConfig, newest / "config.json")
             check_same_job(before, config)
             run.check_schema(self.schema)
-            if checkpoint.step_of(newest) >= self.num_steps:
+            run.check_data(config.data)
+            step = checkpoint.step_of(newest)
+            # A run that was killed between its last checkpoint and the end of validation only validates.
+            if step > self.num_steps or (step == self.num_steps and run.load_merge(step)):
                 raise InputError(
-                    f"{config.out}: the run has reached step {checkpoint.step_of(newest)} of {self.num_steps}; "
+                    f"{config.out}: the run has reached step {step} of {self.num_steps}; "
                     "evaluate it, or raise --train.num-epochs or --train.num-steps"
                 )
+        else:
+            run.data.unlink(missing_ok=True)  # of an attempt that came to nothing
         return run, newest
 
     def _check_finite(self, losses: list[float]) -> None:
         for spec, loss in zip(self.specs, losses, strict=True):
             if not math.isfinite(loss):
+                rates = [
+                    f"--optimizer.{name.replace('_', '-')} ({getattr(self.config.optimizer, name)})"
+                    if getattr(spec, name) is None
+                    else f"its own {name} ({getattr(spec, name)})"
+                    for name in ("dense_lr", "table_lr")
+                ]
                 raise InputError(
-                    f"the loss of member {spec.name} is {loss} at step {self.step}; lower --optimizer.dense-lr "
-                    f"({self.config.optimizer.dense_lr}) or --optimizer.table-lr ({self.config.optimizer.table_lr})"
+                    f"the loss of member {spec.name} is {loss} at step {self.step}; lower {' or '.join(rates)}"
                 )
 
     def _step(self, batches: Iterator[Batch]) -> Outputs:

@@ -23,6 +23,7 @@ from recsys.place import place
 from recsys.training import checkpoint
 from recsys.training.config import TrainConfig
 from recsys.training.evaluate import BAYES_OPTIMAL, EvaluateConfig, evaluate
+from recsys.training.predict import Predictor
 from recsys.training.predictions import member_metrics
 from recsys.training.trainer import Trainer
 from tests.distributed.jobs import on_ranks, small_config
@@ -124,6 +125,58 @@ def test_evaluate_sets_the_best_possible_beside_the_members(
 def test_truth_of_another_log_is_refused(run: TrainConfig, world: World, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a truth file"):
         evaluate(EvaluateConfig(run=run.out, truth=tmp_path / "none.parquet"), world)
+
+
+def test_a_merge_of_another_step_is_fitted_anew(run: TrainConfig, world: World, tmp_path: Path) -> None:
+    config = dataclasses.replace(run, out=tmp_path / "run", merge="weighted", resume=False)
+    Trainer(config, world).train()
+    merge = tmp_path / "run" / "merge.json"
+    expected = json.loads(merge.read_text())
+    assert expected["step"] == 20
+    merge.write_text(json.dumps(expected | {"step": 7, "weights": [1.0, 0.0]}))
+    with pytest.raises(InputError, match=r"weighted was not fitted at step 20; `recsys evaluate"):
+        Predictor(config.out, world, ["rankmixer"]).merge()
+    evaluate(EvaluateConfig(run=config.out), world)
+    refitted = json.loads(merge.read_text())
+    assert refitted["step"] == 20
+    assert refitted["order"] == expected["order"]
+    assert refitted["weights"] == pytest.approx(expected["weights"], abs=1e-4)
+    merge.write_text("[]")
+    with pytest.raises(InputError, match=r"merge\.json: not a merge"):
+        Predictor(config.out, world).merge()
+
+
+def test_a_run_that_was_killed_before_it_validated_does_so_when_it_goes_on(
+    run: TrainConfig, world: World, tmp_path: Path
+) -> None:
+    shutil.copytree(run.out, tmp_path / "run")
+    (tmp_path / "run" / "merge.json").unlink()
+    lines = [line for line in (run.out / "metrics.jsonl").read_text().splitlines() if '"valid", "step": 20' not in line]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    again = dataclasses.replace(run, out=tmp_path / "run", resume=True)
+    metrics = Trainer(again, world).train()
+    assert metrics is not None
+    assert metrics["merged"].logloss == pytest.approx(steps(run.out, "valid")[-1]["merged"]["logloss"], abs=1e-6)
+    assert [line["step"] for line in steps(tmp_path / "run", "valid")] == [10, 20]
+    with pytest.raises(InputError, match="has reached step 20 of 20"):
+        Trainer(again, world).train()
+
+
+def test_a_run_does_not_go_on_with_other_data(run: TrainConfig, world: World, tmp_path: Path) -> None:
+    shutil.copytree(run.out, tmp_path / "run")
+    shutil.copytree(run.data, tmp_path / "data")
+    manifest = tmp_path / "data" / "manifest.json"
+    values = json.loads(manifest.read_text())
+    values["config"]["seed"] = 77
+    manifest.write_text(json.dumps(values))
+    before = (tmp_path / "run" / "data.json").read_bytes()
+    loop = dataclasses.replace(run.train, num_steps=21)
+    again = dataclasses.replace(run, out=tmp_path / "run", data=tmp_path / "data", resume=True, train=loop)
+    with pytest.raises(InputError, match=r"is not the data that the run .* was trained on: manifest_sha256"):
+        Trainer(again, world).train()
+    assert (tmp_path / "run" / "data.json").read_bytes() == before
+    shutil.copy(run.data / "manifest.json", manifest)  # the same data elsewhere
+    assert Trainer(again, world).train() is not None
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(run: TrainConfig, world: World) -> None:
