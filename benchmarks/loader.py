@@ -8,32 +8,26 @@ memory.
 
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import tyro
 
+from facts import facts
 from recsys.data.loader import Loader, LoaderConfig
 from recsys.data.schema import Schema
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 SEED, CTR, ZIPF_EXPONENT = 7, 0.25, 1.05
 GROUP_ROWS, FILE_GROUPS = 65_536, 8
 INTEGERS = 13
@@ -87,13 +81,8 @@ def main(config: Config) -> dict[str, Any]:
     return {
         **cases[config.cases[0]],
         "cases": cases,
-        "commit": _output("git", "describe", "--always", "--dirty", "--exclude", "*"),
-        "machine": _machine() | {"load_at_start": load},
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("numpy", "pyarrow", "torch", "torchrec")},
+        **facts(__file__, ("numpy", "pyarrow", "torch", "torchrec"), load),
         "config": asdict(config) | {"json": str(config.json), "data": str(config.data) if config.data else None},
-        "command": " ".join(["python", "benchmarks/loader.py", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
@@ -178,16 +167,6 @@ def _cpu_seconds() -> float:
     """User and system time of all threads of this process."""
     usage = getrusage(RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
-
-
-def _machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "memory": psutil.virtual_memory().total}
 
 
 def _table(cases: dict[str, dict[str, float]]) -> str:

@@ -6,8 +6,6 @@ Makes a log in Criteo's format, runs `recsys prepare` over it, and in the same r
 
 import json
 import os
-import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -17,8 +15,6 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -31,9 +27,10 @@ from isal import igzip
 from numpy.typing import NDArray
 from pyarrow import csv
 
+from facts import REPOSITORY, facts, output
+
 Words = NDArray[np.uint32]
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 SEED, CTR, ZIPF_EXPONENT, CHUNK_ROWS = 7, 0.25, 1.05, 2**15
 INTEGERS, MISSING_INTEGERS = 13, 0.2
 """Every third column has missing ones."""
@@ -84,7 +81,7 @@ def main(config: Config) -> dict[str, Any]:
         raw_bytes = make_log(log, config.rows, config.files or -(-config.rows // 1_000_000))
         paths = sorted(log.glob("*.gz"))
         options = ["--out", str(prepared), "--threshold", str(config.threshold)]
-        takes_memory = "--memory" in _output(sys.executable, "-m", "recsys", "prepare", "--help")
+        takes_memory = "--memory" in output(sys.executable, "-m", "recsys", "prepare", "--help")
         options += ["--memory", config.memory] if takes_memory else []
         cost = run_measured([sys.executable, "-m", "recsys", "prepare", "criteo_kaggle", *map(str, paths), *options])
         with _processes(1) as pool:
@@ -115,12 +112,7 @@ def main(config: Config) -> dict[str, Any]:
             "stages": json.loads(stages.read_text()) if stages.exists() else None,
             "memory": config.memory if takes_memory else None,
             "threshold": config.threshold,
-            "commit": _output("git", "describe", "--always", "--dirty", "--exclude", "*"),
-            "machine": _machine() | {"load_at_start": load},
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("polars", "pyarrow", "numpy", "isal")},
-            "command": shlex.join(["python", "benchmarks/prepare.py", *sys.argv[1:]]),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            **facts(__file__, ("polars", "pyarrow", "numpy", "isal"), load),
         }
     finally:
         plain.unlink(missing_ok=True)
@@ -280,16 +272,6 @@ def read_csv(path: Path, plain: Path, whole: bool) -> float:
 def _processes(count: int) -> ProcessPoolExecutor:
     """Other processes, for what needs memory: Linux counts this one's peak as that of a command started from here."""
     return ProcessPoolExecutor(count, mp_context=get_context("spawn"))
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
-
-
-def _machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "memory": psutil.virtual_memory().total}
 
 
 def _table(result: dict[str, Any]) -> str:

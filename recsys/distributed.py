@@ -1,5 +1,6 @@
 """The process group, and the only place but the CLI's error line that reads torchrun's variables."""
 
+import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,9 @@ from recsys.config import InputError
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
+
+# Of glibc's mallopt: what the end of the heap may hold unused, and from what size a block is mapped of its own.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, KEPT_BYTES = -1, -3, 2**30
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ def process_group() -> Iterator[World]:
     else:
         # torchrun sets OMP_NUM_THREADS=1, which leaves cores idle when there are fewer ranks than cores.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+        _keep_freed_memory()
     backend = "cuda:nccl,cpu:gloo" if world.device.type == "cuda" else "gloo"
     if launched:
         dist.init_process_group(backend, timeout=TIMEOUT)
@@ -71,6 +76,14 @@ def process_group() -> Iterator[World]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next one, which would else fault the same pages in again."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            mallopt(option, KEPT_BYTES)
 
 
 def _device(local_rank: int, local_size: int) -> torch.device:

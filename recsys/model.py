@@ -1,5 +1,6 @@
 """The model: a batch in, one logit a member out."""
 
+import functools
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
@@ -9,9 +10,11 @@ from torch import Tensor, nn
 
 from recsys.backbones import BACKBONES
 from recsys.backbones.layers import Dropout, linear, mlp
+from recsys.batched import Together, is_faster_together, of_one_make
 from recsys.config import InputError
 from recsys.data.batch import Batch
 from recsys.data.schema import Schema
+from recsys.distributed import on_first
 from recsys.embeddings.tables import TABLE_SEPARATOR, Tables
 from recsys.members import MemberSpec
 
@@ -35,6 +38,7 @@ class Member(nn.Module):
             self.dropout = Dropout(config.embedding_dropout)
             self.backbone = BACKBONES[spec.backbone](schema.num_fields, dim, spec.sizes)
             self.head = _mlp_to(1, self.backbone.out_dim, config.head_hidden)
+        self._dropouts = [part for part in self.modules() if isinstance(part, Dropout)]
 
     def forward(self, x_BFD: Tensor, dense_BN: Tensor) -> Tensor:
         """Field embeddings [B, sparse features, D] and dense columns [B, num_dense] to logits [B]."""
@@ -44,7 +48,7 @@ class Member(nn.Module):
 
     def reseed(self, *where: int) -> None:
         """Start the random streams of this member anew, as a function of its seed and `where` (rank, step) alone."""
-        for index, layer in enumerate(part for part in self.modules() if isinstance(part, Dropout)):
+        for index, layer in enumerate(self._dropouts):
             layer.reseed(hash((self.seed, index, *where)))
 
 
@@ -53,12 +57,24 @@ def _mlp_to(out_dim: int, in_dim: int, hidden: tuple[int, ...]) -> nn.Sequential
 
 
 class Members(nn.Module):
-    """All members side by side. It holds no tables, so that TorchRec's pipeline does not trace into it."""
+    """All members side by side. It holds no tables, so that TorchRec's pipeline does not trace into it.
 
-    def __init__(self, members: Mapping[str, Member], precision: Literal["fp32", "bf16"]) -> None:
+    Args:
+        members: name to member, in order.
+        precision: bf16 is autocast.
+        groups: indices of members that can be computed together; they are where a group is `on`.
+    """
+
+    def __init__(
+        self,
+        members: Mapping[str, Member],
+        precision: Literal["fp32", "bf16"],
+        groups: Sequence[Sequence[int]] = (),
+    ) -> None:
         super().__init__()
         self.by_name = nn.ModuleDict(members)
         self.precision = precision
+        self.groups = [Together(group, [list(members.values())[index] for index in group]) for group in groups]
 
     def __iter__(self) -> Iterator[Member]:
         """Iterate over members in order."""
@@ -67,9 +83,15 @@ class Members(nn.Module):
     def forward(self, fields: list[Tensor], dense_BN: Tensor) -> Tensor:
         """One x_BFD a member (or one for all) and the dense columns to logits_BM."""
         shared = len(fields) == 1
+        logits: dict[int, Tensor] = {}
         with torch.autocast(dense_BN.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = [member(fields[0 if shared else i], dense_BN) for i, member in enumerate(self)]
-        return torch.stack(logits, dim=1)
+            for group in self.groups:
+                if group.active:
+                    logits |= zip(group.indices, group(fields, dense_BN), strict=True)
+            for i, member in enumerate(self):
+                if i not in logits:
+                    logits[i] = member(fields[0 if shared else i], dense_BN)
+        return torch.stack([logits[i] for i in range(len(logits))], dim=1)
 
 
 class RecModel(nn.Module):
@@ -100,11 +122,27 @@ class RecModel(nn.Module):
                 built[spec.name] = Member(spec, schema)
             except ValueError as error:
                 raise InputError(f"member {spec.name}: {error}") from None
-        self.members = Members(built, first.model.precision)
+        self.members = Members(built, first.model.precision, of_one_make(members))
+        self._num_sparse, self._num_dense, self._batched = len(schema.sparse), len(schema.dense), first.model.batched
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [B, M], members in order."""
         return self.members(self.embedding(batch.sparse), batch.dense)
+
+    def choose(self, batch_size: int, device: torch.device) -> None:
+        """Settle on all ranks which members are computed together, for batches of `batch_size` rows a rank.
+
+        Moves members to `device`. Must come before the model is sharded.
+        """
+        self.members.to(device)
+        measure = self._batched == "auto" and device.type == "cuda"
+        dims = [spec.model.embedding_dim for spec in self.owners.values()]
+        for group in self.members.groups:
+            group.on = self._batched == "on"
+            if measure:
+                fields = [torch.zeros(batch_size, self._num_sparse, d, device=device, requires_grad=True) for d in dims]
+                dense_BN = torch.zeros(batch_size, self._num_dense, device=device)
+                group.on = on_first(functools.partial(is_faster_together, group, self.members, fields, dense_BN))
 
     def table_start(self, table: str) -> tuple[str, float]:
         """What a table's initial values are drawn from: its owner's backbone and seed, its feature; and their scale."""

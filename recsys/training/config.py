@@ -89,6 +89,7 @@ def check_same_job(before: TrainConfig, now: TrainConfig) -> None:
     fields = {f.name: (getattr(before, f.name), getattr(now, f.name)) for f in dataclasses.fields(now)}
     fields = {name: values for name, values in fields.items() if name not in MAY_CHANGE}
     fields["batch_size"] = (before.train.batch_size, now.train.batch_size)
+    fields["model"] = (before.model, replace(now.model, batched=before.model.batched))
     fields["loader"] = (before.loader, replace(now.loader, workers=before.loader.workers))
     for name, (old, new) in fields.items():
         if old != new:

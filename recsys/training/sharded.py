@@ -36,6 +36,7 @@ def shard(
     torch.manual_seed(config.seed)
     optimizer = config.optimizer.table_optimizer
     model = RecModel(schema, members)
+    model.choose(local_batch_size, world.device)
     own_table_lrs(model.embedding, members)
     sharder = TableSharder(fused_params=optimizer.fused_params)
     task = ClickTask(model, config.loss)
@@ -47,7 +48,10 @@ def shard(
         device=world.device,
         local_world_size=world.local_size,
     )
-    sharded = DistributedModelParallel(task, device=world.device, plan=plan, sharders=[sharder])
+    # On one rank there are no gradients to average, and members lie on the device already (`choose`).
+    sharded = DistributedModelParallel(
+        task, device=world.device, plan=plan, sharders=[sharder], init_data_parallel=world.size > 1
+    )
     return Sharded(sharded, model, describe_plan(plan))
 
 
