@@ -1,24 +1,27 @@
 """Offline merge: members of several runs, trained apart, become one run that evaluates and resumes like any other."""
 
-import json
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from tyro.conf import Positional
 
 from recsys.config import InputError, load_file, nearest
+from recsys.data.multihot import MLPERF_SIZES
 from recsys.data.schema import Schema
 from recsys.distributed import World, on_first
 from recsys.members import MemberSpec, describe_member, renamed
 from recsys.merge.rules import NAMES
+from recsys.place import Place
 from recsys.training import checkpoint
 from recsys.training.config import TrainConfig
 from recsys.training.metrics import ClickMetrics
 from recsys.training.predictions import greedy_order, member_metrics, merge_for
-from recsys.training.run import RunFolder, data_facts
+from recsys.training.run import RunFolder, data_facts, read_facts
 from recsys.training.trainer import Trainer
 
 
@@ -34,7 +37,10 @@ class MergeConfig:
     """How logits become one: mean_logit, mean_probability, confidence, weighted or stacked; without it, as in the first
     run, or mean_logit."""
     fit_on: tuple[Path, ...] = ()
-    """For files and the rules weighted and stacked: predictions of the same members on the validation rows."""
+    """For files and the rules weighted and stacked: predictions on the validation rows, a file for each source, in the
+    order of the sources and with the same columns."""
+    data: Place | None = None
+    """For runs: the prepared folder that they were trained on, where it has moved; may be a URL."""
 
     def __post_init__(self) -> None:
         if self.rule is not None and self.rule not in NAMES:
@@ -51,15 +57,17 @@ def merge_runs(config: MergeConfig, world: World) -> dict[str, ClickMetrics] | N
 
     The first run's config holds for the merged one; what members have otherwise, learning rates too, becomes options of
     theirs. Layers, tables and optimizer state are those of the newest checkpoints, so that the run can go on; its step
-    is the highest of theirs. The folder takes its name when all of it is there.
+    is the highest of theirs. What a run has otherwise and no member can have for itself (weight decay, schedule, batch
+    size, order of rows, number of steps) matters only when the merged run goes on: one line a run to stderr names it,
+    and one line names the steps where they differ or a run is unfinished. The folder takes its name when all of it is
+    there.
 
     Raises:
         InputError: runs that cannot be one, saying why.
     """
-    runs, merged, names = on_first(lambda: _plan(config))
+    merged, sources = on_first(lambda: _plan(config))
     trainer = Trainer(merged, world)
-    newest = on_first(lambda: [_newest(run) for run in runs])
-    trainer.step = checkpoint.load_members(list(zip(newest, names, strict=True)), trainer.task, trainer.optimizer)
+    trainer.step = checkpoint.load_members(sources, trainer.task, trainer.optimizer)
     predictions = trainer.predict(trainer.valid_loader)
     partial = config.out.with_name(f".{config.out.name}.partial")
     if world.is_first:
@@ -82,85 +90,190 @@ def merge_runs(config: MergeConfig, world: World) -> dict[str, ClickMetrics] | N
     return metrics
 
 
-def _plan(config: MergeConfig) -> tuple[list[RunFolder], TrainConfig, list[dict[str, str]]]:
-    """Runs, the config of the merged one, and for each run its members' names there to those here."""
+@dataclass(frozen=True)
+class _Source:
+    """A run to merge."""
+
+    run: RunFolder
+    config: TrainConfig
+
+    @property
+    def path(self) -> Path:
+        return self.run.path
+
+    def data(self) -> dict[str, Any]:
+        """Which data it was trained on; a run of an older version has not kept that, and its data may still stand."""
+        return read_facts(self.run.data) if self.run.data.exists() else data_facts(self.config.data)
+
+
+def _plan(config: MergeConfig) -> tuple[TrainConfig, list[tuple[Path, dict[str, str]]]]:
+    """The merged run's config, and for each run its newest checkpoint and its members' names here to those there."""
     if not config.sources:
         raise InputError("no run named; name two or more run folders")
+    if config.fit_on:
+        raise InputError("--fit-on is for files of predictions; runs are fitted on their own validation rows")
     if config.out.exists():
         raise InputError(f"{config.out}: exists already; name another --out")
-    runs = [RunFolder.existing(path) for path in config.sources]
-    configs = [load_file(TrainConfig, run.config) for run in runs]
-    first = configs[0]
-    texts: list[str] = []
+    sources = [_Source(run, load_file(TrainConfig, run.config)) for run in map(RunFolder.existing, config.sources)]
+    first = sources[0]
+    for source in sources:
+        _check_alike(first, source)
+    data = config.data or first.config.data
+    _check_data(first, data)
+    newest = [_newest(source.run) for source in sources]
+    specs, names = _members(sources)
+    texts = tuple(describe_member(spec, first.config.model, first.config.backbones) for spec in specs)
+    merged = replace(
+        first.config,
+        data=data,
+        out=config.out,
+        members=texts,
+        loss="independent",
+        merge=config.rule or first.config.merge,
+        resume=False,
+    )
+    try:
+        config.out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {config.out}: cannot make its folder ({error.strerror})") from None
+    for line in (*_changes(sources), *_steps(sources, newest)):
+        print(line, file=sys.stderr)  # noqa: T201  (the metrics go to stdout)
+    return merged, list(zip(newest, names, strict=True))
+
+
+def _members(sources: Sequence[_Source]) -> tuple[list[MemberSpec], list[dict[str, str]]]:
+    """Members of the merged run, and for each run their names here to those there.
+
+    Raises:
+        InputError: a member stands twice: a merge gains nothing by it.
+    """
+    taken: dict[str, tuple[RunFolder, MemberSpec]] = {}
+    specs: list[MemberSpec] = []
     names: list[dict[str, str]] = []
-    taken: dict[str, tuple[RunFolder, str]] = {}
-    for run, own in zip(runs, configs, strict=True):
-        _check_alike(runs[0], first, run, own)
-        specs = [_with_own_rates(spec, own, first) for spec in own.specs()]
+    for source in sources:
+        own = [_as_in(sources[0].config, spec, source.config) for spec in source.config.specs()]
         names.append({})
-        for spec, before in zip(renamed(specs, taken), specs, strict=True):
-            taken[spec.name] = run, before.name
+        for spec, before in zip(renamed(own, taken), own, strict=True):
+            for other_run, other in taken.values():
+                if replace(other, name="") == replace(spec, name=""):
+                    raise InputError(
+                        f"member {before.name} of {source.path} is member {other.name} of {other_run.path}: same "
+                        f"backbone, seed {spec.seed} and settings, so merging them gains nothing; train one with "
+                        "another --seed"
+                    )
+            taken[spec.name] = source.run, before
             names[-1][spec.name] = before.name
-            texts.append(describe_member(spec, first.model, first.backbones))
-    merged = replace(first, members=tuple(texts), out=config.out, resume=False, merge=config.rule or first.merge)
-    _check_distinct(merged.specs(), taken)
-    return runs, merged, names
+            specs.append(spec)
+    return specs, names
 
 
-def _with_own_rates(spec: MemberSpec, own: TrainConfig, first: TrainConfig) -> MemberSpec:
-    """Write a job's learning rates into its member where the merged job has others."""
-    rates = {}
-    for name in ("dense_lr", "table_lr"):
-        job, merged = getattr(own.optimizer, name), getattr(first.optimizer, name)
-        rates[name] = job if getattr(spec, name) is None and job != merged else getattr(spec, name)
-    return replace(spec, **rates)
+def _as_in(first: TrainConfig, spec: MemberSpec, own: TrainConfig) -> MemberSpec:
+    """A member of the job `own` as the first job would have it: a learning rate is its own where that job's differs."""
+
+    def rate(name: str) -> float | None:
+        found: float = getattr(own.optimizer, name) if getattr(spec, name) is None else getattr(spec, name)
+        return None if found == getattr(first.optimizer, name) else found
+
+    model = replace(spec.model, batched=first.model.batched)
+    return replace(spec, model=model, dense_lr=rate("dense_lr"), table_lr=rate("table_lr"))
 
 
-def _check_alike(first: RunFolder, theirs: TrainConfig, run: RunFolder, own: TrainConfig) -> None:
-    """Raise InputError unless two runs can be one."""
+def _check_alike(first: _Source, source: _Source) -> None:
+    """Raise InputError unless a run and the first one can be one."""
     Schema.load(first.path)
-    first.check_schema(Schema.load(run.path))
-    one, other = _data(first, theirs), _data(run, own)
-    for name in one:
-        if one[name] != other[name]:
+    first.run.check_schema(Schema.load(source.path))
+    if different := _different(first.data(), source.data()):
+        raise InputError(
+            f"{source.path} was trained on other data than {first.path}: {different}; rows that one held out, another "
+            "may have learnt. Merge runs of one prepared folder"
+        )
+    if source.config.model.tables == "shared":
+        raise InputError(f"{source.path}: its members share tables; only members with private tables can join others")
+    if source.config.loss == "joint" and len(source.config.specs()) > 1:
+        raise InputError(
+            f"{source.path}: its members were trained by one joint loss, so each is right only beside the others; "
+            "only members with a loss of their own can join others"
+        )
+    found = _of_all_members(source.config)
+    for name, wanted in _of_all_members(first.config).items():
+        if wanted != found[name]:
             raise InputError(
-                f"{run.path} was trained on other data than {first.path}: {name} {other[name]} instead of {one[name]}; "
-                "rows that one held out, another may have learnt. Merge runs of one prepared folder"
+                f"{source.path} has {name} {found[name]}, {first.path} has {wanted}; a run has one for all members"
             )
-    if own.model.tables == "shared":
-        raise InputError(f"{run.path}: its members share tables; only members with private tables can join others")
-    alike = {
-        "model.precision": (theirs.model.precision, own.model.precision),
-        "optimizer.tables": (theirs.optimizer.tables, own.optimizer.tables),
-        "optimizer.table_eps": (theirs.optimizer.table_eps, own.optimizer.table_eps),
-        "loss": (theirs.loss, own.loss),
-        "data-parallel tables": tuple(config.train.sharding == "data_parallel" for config in (theirs, own)),
+
+
+def _of_all_members(config: TrainConfig) -> dict[str, Any]:
+    """What members cannot have each for itself, and that changes what they are or which ids they see."""
+    loader = config.loader
+    ids_added = loader.multi_hot != "none"
+    return {
+        "model.precision": config.model.precision,
+        "optimizer.tables": config.optimizer.tables,
+        "optimizer.table_eps": config.optimizer.table_eps,
+        "data-parallel tables": config.train.sharding == "data_parallel",
+        "loader.multi_hot": loader.multi_hot,
+        "loader.multi_hot_sizes": (loader.multi_hot_sizes or MLPERF_SIZES) if ids_added else (),
+        "loader.seed": loader.seed if ids_added else None,
     }
-    for name, (wanted, found) in alike.items():
-        if wanted != found:
-            raise InputError(f"{run.path} has {name} {found}, {first.path} has {wanted}; a run has one for all members")
 
 
-def _data(run: RunFolder, config: TrainConfig) -> dict[str, object]:
-    """Which data a run was trained on; a run of an older version has not kept that, and its data may still stand."""
-    if run.data.exists():
-        facts: dict[str, object] = json.loads(run.data.read_text())
-        return facts
-    return data_facts(config.data)
+def _check_data(first: _Source, data: Path) -> None:
+    """Raise InputError unless the folder is what the runs were trained on."""
+    if not data.is_dir():
+        raise InputError(f"{data}: no such folder, and {first.path} was trained on it; name where it is now by --data")
+    first.run.check_schema(Schema.load(data))
+    if different := _different(first.data(), data_facts(data)):
+        raise InputError(
+            f"{data} is not the data that {first.path} was trained on: {different}; rows that are held out now may "
+            "have been learnt. Name that data by --data"
+        )
 
 
-def _check_distinct(specs: Sequence[MemberSpec], origins: dict[str, tuple[RunFolder, str]]) -> None:
-    """Raise InputError where one member stands twice: a merge gains nothing by it."""
-    seen: dict[str, MemberSpec] = {}
-    for spec in specs:
-        for other in seen.values():
-            if replace(spec, name="") == replace(other, name=""):
-                (run, name), (other_run, other_name) = origins[spec.name], origins[other.name]
-                raise InputError(
-                    f"member {name} of {run.path} is member {other_name} of {other_run.path}: same backbone, seed "
-                    f"{spec.seed} and settings, so merging them gains nothing; train one with another --seed"
-                )
-        seen[spec.name] = spec
+def _different(wanted: dict[str, Any], found: dict[str, Any]) -> str | None:
+    """The first fact in which data differ; the manifest's checksum, which says least, comes last."""
+    for name in sorted({*wanted, *found}, key=lambda name: (name == "manifest_sha256", name)):
+        if wanted.get(name) != found.get(name):
+            return f"{name} {found.get(name)} instead of {wanted.get(name)}"
+    return None
+
+
+def _changes(sources: Sequence[_Source]) -> list[str]:
+    """A line for each run whose settings are not the first's, of those that matter only for going on."""
+    first, lines = sources[0], []
+    for source in sources[1:]:
+        now, then = _for_going_on(source.config), _for_going_on(first.config)
+        names = [name for name in now if now[name] != then[name]]
+        if names:
+            told = ", ".join(f"{name} {now[name]}" for name in names)
+            become = ", ".join(str(then[name]) for name in names)
+            lines.append(f"{source.path}: on --resume, {told} become {first.path}'s {become}")
+    return lines
+
+
+def _for_going_on(config: TrainConfig) -> dict[str, Any]:
+    loop, loader, optimizer = config.train, config.loader, config.optimizer
+    return {
+        **{name: getattr(loop, name) for name in ("batch_size", "num_epochs", "num_steps")},
+        **{name: getattr(optimizer, name) for name in ("weight_decay", "warmup_steps", "decay")},
+        **{f"loader.{name}": getattr(loader, name) for name in ("seed", "slots")},
+    }
+
+
+def _steps(sources: Sequence[_Source], newest: Sequence[Path]) -> list[str]:
+    """A line that tells each run's step where they differ, or where one is not at its last."""
+    steps, told = [checkpoint.step_of(path) for path in newest], []
+    for source, step in zip(sources, steps, strict=True):
+        last = _num_steps(source)
+        told.append(f"{source.path} at step {step:,}" + (f" of {last:,}, unfinished" if last and step < last else ""))
+    if len(set(steps)) == 1 and not any("unfinished" in one for one in told):
+        return []
+    return [f"{'; '.join(told)}; the merged run goes on from step {max(steps):,}"]
+
+
+def _num_steps(source: _Source) -> int | None:
+    """Steps that a run takes; None where that is a number of epochs of nobody knows how many rows."""
+    loop, num_rows = source.config.train, (source.data().get("rows") or {}).get("train")
+    return loop.num_steps or (loop.num_epochs * (num_rows // loop.batch_size) if num_rows else None)
 
 
 def _newest(run: RunFolder) -> Path:

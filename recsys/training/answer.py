@@ -17,9 +17,9 @@ from recsys.place import Place
 from recsys.training import checkpoint
 from recsys.training.budget import Answers, Timed
 from recsys.training.config import TrainConfig
-from recsys.training.metrics import ClickMetrics, click_metrics
+from recsys.training.metrics import ClickMetrics
 from recsys.training.predict import Predictor
-from recsys.training.predictions import MERGED, Predictions
+from recsys.training.predictions import Predictions, check_out, metrics_of
 from recsys.training.run import RunFolder
 
 _BUDGET = re.compile(r"(?P<time>\d+(?:\.\d+)?)(?P<unit>us|ms|s)")
@@ -39,7 +39,7 @@ class PredictConfig:
     data: Place | None = None
     """Prepared folder, may be a URL; without it, the one that the run was trained on."""
     members: tuple[str, ...] = ()
-    """Members to ask, by name; or a number, for the best so many by greedy selection on validation rows."""
+    """Members to ask, by name; or one number alone, for the best so many by greedy selection on validation rows."""
     budget: str | None = None
     """Time for a batch, such as 3ms: members are asked one after another while it lasts."""
     batch_size: int | None = None
@@ -75,8 +75,7 @@ def answer(config: PredictConfig, world: World) -> Answer | None:
     Raises:
         InputError: no run, no such member, a budget in which none answers, or data that does not fit.
     """
-    if not config.out.absolute().parent.is_dir():
-        raise InputError(f"--out {config.out}: no such folder to write it to")
+    on_first(lambda: check_out(config.out))
     run = RunFolder.existing(config.run)
     names = on_first(lambda: _members(run, config))
     predictions: Predictions | None
@@ -95,7 +94,8 @@ def answer(config: PredictConfig, world: World) -> Answer | None:
         return None
     merged = merge_answers(predictions, merge)
     predictions.save(config.out, facts, merged)
-    return Answer(_metrics(predictions, merged), timing.facts() if timing else None)
+    metrics = metrics_of(predictions, merged, ~np.isnan(predictions.logits_NM))
+    return Answer(metrics, timing.facts() if timing else None)
 
 
 def _predictor(config: PredictConfig, world: World, members: Sequence[str]) -> Predictor:
@@ -105,7 +105,13 @@ def _predictor(config: PredictConfig, world: World, members: Sequence[str]) -> P
 def _members(run: RunFolder, config: PredictConfig) -> list[str]:
     """Names of the members to ask, the one to ask first at the head."""
     known = [spec.name for spec in load_file(TrainConfig, run.config).specs()]
-    if len(config.members) == 1 and config.members[0].isdigit():
+    numbers = [name for name in config.members if name.isdecimal() and name not in known]
+    if numbers and len(config.members) > 1:
+        raise InputError(
+            f"--members {' '.join(config.members)}: {numbers[0]} stands alone, for the best so many; the run's members "
+            f"are {', '.join(known)}"
+        )
+    if numbers:
         wanted = int(config.members[0])
         if not 1 <= wanted <= len(known):
             raise InputError(f"--members {wanted}: the run has {len(known)} members; name 1 to {len(known)}")
@@ -135,13 +141,3 @@ def merge_answers(predictions: Predictions, merge: Merge) -> np.ndarray:
         merged[rows] = merge.subset(members)(logits[rows][:, members])
     values: np.ndarray = merged.numpy()
     return values
-
-
-def _metrics(predictions: Predictions, merged: np.ndarray) -> dict[str, ClickMetrics]:
-    found = {}
-    for name, logits in [*zip(predictions.names, predictions.logits_NM.T, strict=True), (MERGED, merged)]:
-        rows = np.isfinite(logits)
-        if rows.any():
-            probabilities = 1 / (1 + np.exp(-logits[rows].astype(np.float64)))
-            found[name] = click_metrics(predictions.labels_N[rows], probabilities, predictions.weights_N[rows])
-    return found

@@ -76,9 +76,8 @@ class Timed:
         for batch in to_device(loader.once(), self.device):
             parts.append(self._answer(batch, answers))
         logits, labels, weights = (np.concatenate(column) for column in zip(*parts, strict=True))
-        real = weights > 0
-        names = tuple(member.names[0] for member in self.members)
-        return Predictions(names, logits[real], labels[real], weights[real]), answers
+        names = [member.names[0] for member in self.members]
+        return Predictions.of_whole_split(names, logits, labels, weights), answers
 
     def _warm_up(self, batches: Iterator[Batch], batch_size: int) -> None:
         """Learn what each member takes; the first batches pay for allocations, and are not counted."""

@@ -128,5 +128,4 @@ def predict(task: nn.Module, names: Sequence[str], batches: Iterator[Batch], wor
     logits, labels, weights = gathered
     if logits is None or labels is None or weights is None:
         return None
-    real = weights > 0
-    return Predictions(tuple(names), *(values[real].cpu().numpy() for values in (logits, labels, weights)))
+    return Predictions.of_whole_split(names, *(values.cpu().numpy() for values in (logits, labels, weights)))

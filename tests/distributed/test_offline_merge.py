@@ -1,28 +1,24 @@
-"""Runs that are merged after training are the run that one job would have made; files of predictions merge too."""
+"""Runs that are merged after training are the run that one job would have made."""
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 from recsys.config import InputError, dump, load_file
+from recsys.data.loader import LoaderConfig
 from recsys.distributed import World, process_group
 from recsys.members import ModelConfig
-from recsys.merge.rules import Merge
-from recsys.studies.merge_files import merge_files
 from recsys.studies.merge_runs import MergeConfig, merge_runs
-from recsys.training.answer import PredictConfig, answer, merge_answers
 from recsys.training.config import TrainConfig
 from recsys.training.evaluate import EvaluateConfig, evaluate
 from recsys.training.predict import Predictor
-from recsys.training.predictions import Predictions, load_predictions
 from recsys.training.trainer import Trainer
 from tests.distributed.jobs import on_ranks, small_config
 
@@ -134,142 +130,118 @@ def test_runs_that_cannot_be_one_are_refused(runs: Path, prepared: Path, world: 
     config = load_file(TrainConfig, changed / "config.json")
     for changes, message in (
         ({"model": ModelConfig(precision="bf16")}, "precision bf16"),
-        ({"loss": "joint"}, "has loss joint"),
+        ({"loss": "joint", "members": ("fnn", "deepfm")}, "its members were trained by one joint loss"),
         ({"optimizer": dataclasses.replace(config.optimizer, tables="adagrad")}, "optimizer.tables adagrad"),
+        ({"loader": LoaderConfig(multi_hot="uniform")}, "has loader.multi_hot uniform, .* has none"),
     ):
         (changed / "data.json").write_bytes((runs / "b" / "data.json").read_bytes())
         other = dataclasses.replace(config, **changes)
         (changed / "config.json").write_text(json.dumps(dump(other)))
         refused(message, runs / "a", changed)
+    (changed / "data.json").write_text("{")
+    refused(r"data\.json: cannot read which data", runs / "a", changed)
+    with pytest.raises(InputError, match="--fit-on is for files of predictions; runs are fitted on their own"):
+        merge_runs(MergeConfig(sources=(runs / "a", runs / "b"), out=tmp_path / "out", fit_on=(tmp_path,)), world)
+    (tmp_path / "file").touch()
+    refused("cannot make its folder", runs / "a", runs / "b", out=tmp_path / "file" / "out")
     schema = json.loads((changed / "schema.json").read_text())
     schema["sparse"]["C3"] += 1
     (changed / "schema.json").write_text(json.dumps(schema))
     refused("feature C3 has", runs / "a", changed)
 
 
-# Some members, or a time
-
-
-def test_some_members_answer_as_they_do_among_all(runs: Path, world: World, tmp_path: Path) -> None:
-    everyone = Predictor(runs / "merged", world).predict("valid")
-    some = Predictor(runs / "merged", world, ["dcnv2_2", "dcnv2"]).predict("valid")
-    assert everyone is not None
-    assert some is not None
-    assert some.names == ("dcnv2_2", "dcnv2")
-    np.testing.assert_allclose(some.logits_NM, everyone.logits_NM[:, [2, 0]], atol=1e-6)
-    found = answer(PredictConfig(run=runs / "merged", out=tmp_path / "p.parquet", members=("2",)), world)
-    assert found is not None
-    best = json.loads((runs / "merged" / "merge.json").read_text())["order"][:2]
-    assert list(found.metrics) == [*best, "merged"]
-
-
-def test_a_file_of_predictions_is_read_back(runs: Path, world: World, tmp_path: Path) -> None:
-    path = tmp_path / "p.parquet"
-    found = answer(PredictConfig(run=runs / "merged", out=path, batch_size=64), world)
-    predictions, facts, rows = load_predictions(path)
-    expected = logits(runs / "merged", world)
-    np.testing.assert_allclose(predictions.logits_NM, expected, atol=1e-6)
-    np.testing.assert_allclose(pq.read_table(path)["merged"].to_numpy(), expected.mean(axis=1), atol=1e-6)
-    assert rows.tolist() == list(range(len(expected)))
-    assert facts["split"] == "test"
-    assert found is not None
-    assert found.metrics["merged"].num_rows == len(expected)
-
-
-def test_a_generous_budget_lets_all_answer_and_a_tight_one_the_best(runs: Path, world: World, tmp_path: Path) -> None:
-    config = PredictConfig(run=runs / "merged", out=tmp_path / "p.parquet", budget="30s")
-    found = answer(config, world)
-    assert found is not None
-    assert found.timing is not None
-    assert found.timing["share_by_num_members"] == {3: 1.0}
-    order = json.loads((runs / "merged" / "merge.json").read_text())["order"]
-    predictions, _, _ = load_predictions(config.out)
-    assert predictions.names == tuple(order)
-    np.testing.assert_allclose(predictions.of(MEMBERS).logits_NM, logits(runs / "merged", world), atol=1e-6)
-    with pytest.raises(InputError, match=rf"budget 0.001ms: no member would answer, for {order[0]} takes .* raise"):
-        answer(dataclasses.replace(config, budget="1us"), world)
-
-
-def test_each_row_is_merged_by_those_who_answered_it() -> None:
-    nan = float("nan")
-    given = np.array([[1.0, 3.0, 8.0], [1.0, nan, 5.0], [2.0, nan, nan]], dtype=np.float32)
-    predictions = Predictions(("a", "b", "c"), given, np.zeros(3), np.ones(3))
-    assert merge_answers(predictions, Merge(rule="mean_logit")).tolist() == [4.0, 3.0, 2.0]
-    weighted = Merge(rule="weighted", weights=(0.5, 0.25, 0.25))
-    np.testing.assert_allclose(merge_answers(predictions, weighted), [3.25, 0.5 / 0.75 + 5 * 0.25 / 0.75, 2.0])
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"members": ("wukon",)}, "has no member 'wukon'; did you mean wukong"),
-        ({"members": ("wukong", "wukong")}, "a member is named twice"),
-        ({"members": ("0",)}, "--members 0: the run has 3 members; name 1 to 3"),
-        ({"members": ("4",)}, "--members 4: the run has 3 members"),
-        ({"out": Path("/nowhere/p.parquet")}, "no such folder"),
-    ],
-)
-def test_what_cannot_be_predicted(
-    runs: Path, world: World, tmp_path: Path, changes: dict[str, Any], message: str
+def test_runs_of_data_that_moved_are_merged_on_the_same_data(
+    runs: Path, prepared: Path, world: World, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=message):
-        answer(PredictConfig(**{"run": runs / "merged", "out": tmp_path / "p.parquet", **changes}), world)
+    moved = [copied(runs / name, tmp_path / name, data=tmp_path / "gone") for name in ("a", "b")]
+    config = MergeConfig(sources=tuple(moved), out=tmp_path / "out")
+    with pytest.raises(
+        InputError, match=r"gone: no such folder, and .*a was trained on it; name where it is .* --data"
+    ):
+        merge_runs(config, world)
+    here = tmp_path / "here"
+    shutil.copytree(prepared, here)
+    manifest = json.loads((here / "manifest.json").read_text())
+    for changes, message in (({"seed": 77}, "seed 77 instead of"), ({"paths": []}, "manifest_sha256 .* instead of")):
+        other = manifest | {"config": manifest["config"] | changes}
+        (here / "manifest.json").write_text(json.dumps(other))
+        with pytest.raises(InputError, match=rf"here is not the data that .*a was trained on: {message}"):
+            merge_runs(dataclasses.replace(config, data=here), world)
+    shutil.copy(prepared / "manifest.json", here)
+    assert merge_runs(dataclasses.replace(config, data=here), world) is not None
+    assert load_file(TrainConfig, tmp_path / "out" / "config.json").data == here
+    expected = [valid_logits(runs / name, world) for name in ("a", "b")]
+    np.testing.assert_allclose(valid_logits(tmp_path / "out", world), np.concatenate(expected, axis=1), atol=1e-6)
 
 
-@pytest.mark.parametrize("budget", ["3", "ms", "0ms", "-1ms", "3 minutes"])
-def test_a_budget_that_is_no_time(budget: str) -> None:
-    with pytest.raises(ValueError, match="is no time above 0; write 3ms"):
-        PredictConfig(run=Path("r"), out=Path("p"), budget=budget)
+def copied(run: Path, to: Path, **changes: Any) -> Path:
+    """A copy of a run whose config says otherwise."""
+    shutil.copytree(run, to)
+    config = dataclasses.replace(load_file(TrainConfig, to / "config.json"), **changes)
+    (to / "config.json").write_text(json.dumps(dump(config)))
+    return to
 
 
-# Files
+def test_what_a_merged_run_goes_on_with_is_told(
+    runs: Path, world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = load_file(TrainConfig, runs / "b" / "config.json")
+    optimizer = dataclasses.replace(config.optimizer, weight_decay=0.5, decay="cosine")
+    loop = dataclasses.replace(config.train, num_steps=None, num_epochs=3)
+    other = copied(runs / "b", tmp_path / "other", optimizer=optimizer, train=loop)
+    later = copied(runs / "a", tmp_path / "later", seed=4000, train=dataclasses.replace(config.train, num_steps=12))
+    checkpoints = later / "checkpoints"
+    (checkpoints / f"step-{STEPS:08d}").rename(checkpoints / "step-00000011")
+    capfd.readouterr()
+    merge_runs(MergeConfig(sources=(runs / "a", runs / "b"), out=tmp_path / "same"), world)
+    assert capfd.readouterr().err == ""
+    merge_runs(MergeConfig(sources=(runs / "a", other, later), out=tmp_path / "out"), world)
+    num_steps = 3 * (json.loads((runs / "a" / "data.json").read_text())["rows"]["train"] // 128)
+    assert capfd.readouterr().err.splitlines() == [
+        f"{other}: on --resume, num_epochs 3, num_steps None, weight_decay 0.5, decay cosine become {runs / 'a'}'s "
+        "1, 10, 0.0, constant",
+        f"{later}: on --resume, num_steps 12 become {runs / 'a'}'s 10",
+        f"{runs / 'a'} at step 10; {other} at step 10 of {num_steps}, unfinished; {later} at step 11 of 12, "
+        "unfinished; the merged run goes on from step 11",
+    ]
 
 
-def write(path: Path, **columns: Any) -> Path:
-    pq.write_table(pa.table(columns), path)
-    return path
+@pytest.fixture(scope="module")
+def expanded(prepared: Path, world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of short runs whose loader adds ids, and one of which leaves its tables as they began."""
+    folder = tmp_path_factory.mktemp("expanded")
+    loader = LoaderConfig(multi_hot="uniform", multi_hot_sizes=(2,) * 26, seed=3)
+    for name, seed, changes in (("a", 0, {}), ("b", 5, {"table_lr": 0.0, "loss": "joint"})):
+        config = job(prepared, folder / name, "dcnv2", seed=seed, loader=loader, **changes)
+        Trainer(dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=3)), world).train()
+    return folder
 
 
-def test_files_of_other_frameworks_merge_by_row(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 2, 200)
-    first, second = rng.normal(labels, 1), rng.normal(labels, 2)
-    order = rng.permutation(200)
-    one = write(tmp_path / "one.parquet", row=np.arange(200), label=labels, ours=first)
-    two = write(tmp_path / "two.parquet", row=order, label=labels[order].astype(float), ours=second[order])
-    metrics = merge_files(MergeConfig(sources=(one, two), out=tmp_path / "out.parquet"))
-    table = pq.read_table(tmp_path / "out.parquet")
-    assert table.column_names == ["row", "label", "weight", "ours", "two_ours", "merged"]
-    np.testing.assert_allclose(table["merged"].to_numpy(), (first + second) / 2, atol=1e-5)
-    assert set(metrics) == {"ours", "two_ours", "merged"}
-    fitted = MergeConfig(sources=(one, two), out=tmp_path / "w.parquet", rule="weighted", fit_on=(one, two))
-    # Fitted on the very rows that it is scored on: at most the plain mean.
-    assert merge_files(fitted)["merged"].logloss <= metrics["merged"].logloss
+def test_members_answer_as_in_their_own_runs(runs: Path, expanded: Path, world: World) -> None:
+    for folder in (runs, expanded):
+        merge_runs(MergeConfig(sources=(folder / "a", folder / "b"), out=folder / "of_two"), world)
+        expected = [valid_logits(folder / name, world) for name in ("a", "b")]
+        np.testing.assert_allclose(valid_logits(folder / "of_two", world), np.concatenate(expected, axis=1), atol=1e-6)
+    config = load_file(TrainConfig, expanded / "of_two" / "config.json")
+    # One member's joint loss is its own, so the run joins others, and its tables stay as they are when all go on.
+    assert config.loss == "independent"
+    assert [spec.table_lr for spec in config.specs()] == [None, 0.0]
 
 
-def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    rows, labels, logit = np.arange(4), np.array([0, 1, 0, 1]), np.array([0.1, 0.2, 0.3, 0.4])
-    good = write(tmp_path / "good.parquet", row=rows, label=labels, m=logit)
+def valid_logits(run: Path, world: World) -> np.ndarray:
+    predictions = Predictor(run, world).predict("valid")
+    assert predictions is not None
+    return predictions.logits_NM
 
-    def refused(message: str, rule: str | None = None, **columns: Any) -> None:
-        bad = write(tmp_path / "bad.parquet", **columns)
+
+def test_runs_that_saw_other_ids_are_refused(expanded: Path, world: World, tmp_path: Path) -> None:
+    loader = load_file(TrainConfig, expanded / "b" / "config.json").loader
+    for changes, message in (
+        ({"seed": 4}, "loader.seed 4, .* has 3"),
+        ({"multi_hot": "pareto"}, "loader.multi_hot pareto, .* has uniform"),
+        ({"multi_hot_sizes": (3,) * 26}, "loader.multi_hot_sizes"),
+    ):
+        shutil.rmtree(tmp_path / "b", ignore_errors=True)
+        other = copied(expanded / "b", tmp_path / "b", loader=dataclasses.replace(loader, **changes))
         with pytest.raises(InputError, match=message):
-            merge_files(MergeConfig(sources=(good, bad), out=tmp_path / "out.parquet", rule=rule))
-        assert not (tmp_path / "out.parquet").exists()
-
-    refused("bad.parquet: no column 'row'", label=labels, m=logit)
-    refused("bad.parquet: no column 'label'", row=rows, m=logit)
-    refused("no column of logits beside row, label", row=rows, label=labels)
-    refused("row 3 is missing there", row=rows[:3], label=labels[:3], m=logit[:3])
-    refused("row 4 is there alone", row=np.arange(5), label=np.append(labels, 0), m=np.append(logit, 0))
-    refused("row 1: label 0, in .*good.parquet 1", row=rows, label=np.zeros(4), m=logit)
-    refused("column 'label', row 2: 0.5 is neither 0 nor 1", row=rows, label=labels / 2, m=logit)
-    refused("column 'row' does not give every row", row=np.zeros(4), label=labels, m=logit)
-    refused("column 'm', row 3: no finite number", row=rows, label=labels, m=np.where(rows == 2, np.nan, logit))
-    refused("column 'm' is string, not numbers", row=rows, label=labels, m=["a", "b", "c", "d"])
-    refused("--rule stacked is fitted; give validation rows", rule="stacked", row=rows, label=labels, m=logit)
-    (tmp_path / "bad.parquet").write_text("row,label,m")
-    with pytest.raises(InputError, match=r"bad\.parquet: cannot read it as Parquet"):
-        load_predictions(tmp_path / "bad.parquet")
-    with pytest.raises(ValueError, match="unknown merge rule 'mean'; did you mean"):
-        MergeConfig(sources=(good,), out=tmp_path / "out", rule="mean")
+            merge_runs(MergeConfig(sources=(expanded / "a", other), out=tmp_path / "out"), world)
