@@ -2,20 +2,24 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from recsys import cli
 from recsys.config import InputError
 from recsys.studies.config import MergeStudyConfig
+from recsys.studies.figures import draw_all
 from recsys.studies.merge_study import Results, merge_study
 from recsys.training.config import TrainConfig
 from recsys.training.metrics import click_metrics
 from recsys.training.predictions import load_predictions
+from recsys.training.run import data_facts
 from recsys.training.trainer import Trainer
 from tests.distributed.jobs import small_config
 from tests.test_cli import error_line
@@ -61,10 +65,11 @@ def test_every_job_leaves_a_run_and_predictions(study: Results) -> None:
         *(f"members/{backbone}_s{seed}" for backbone in ("dcnv2", "rankmixer") for seed in range(2)),
         "rivals/dcnv2_wider2_s0",
         "rivals/dcnv2_deeper2_s0",
+        "rivals/dcnv2_bigger2_s0",
         "ablations/dcnv2_shared_0",
         "ablations/dcnv2_joint_0",
     }
-    assert len(list(out.glob("*/*/checkpoints/step-00000006"))) == 8
+    assert len(list(out.glob("*/*/checkpoints/step-00000006"))) == 9
     for job in study.jobs:
         predictions, facts, _ = load_predictions(out / job.kind / job.name / "test.parquet")
         assert predictions.names == job.members
@@ -87,7 +92,9 @@ def test_results_are_those_of_the_predictions(study: Results) -> None:
     assert point["merged"]["auc"]["standard_error"] is None
     assert np.abs(logits[0] - logits[1]).max() > 0
     assert values["study"]["backbones"] == ["dcnv2", "rankmixer"]
-    assert {comparison["kind"] for comparison in values["comparisons"]} == {"wider", "deeper"}
+    assert {comparison["kind"] for comparison in values["comparisons"]} == {"wider", "deeper", "bigger"}
+    assert {comparison["rival_sizes"]["embedding_dim"] for comparison in values["comparisons"]} == {8, 16}
+    assert {comparison["verdict"] for comparison in values["comparisons"]} <= {"not decided", "no part"}
     assert 0.75 < values["bayes_optimal"]["auc"] < 0.85
 
 
@@ -96,8 +103,13 @@ def test_the_report_stands_alone(study: Results) -> None:
     assert page.count("data:image/png;base64,") == 5
     assert "<script" not in page
     assert "http" not in page
-    assert "At equal inference budget" in page
+    assert "With the same FLOPs a merge" in page
     assert "training randomness" in page
+    assert f"Merge study: {study.dataset}, synthetic log, {study.num_test_rows:,} test rows" in page
+    assert "2 seeds of dcnv2 merged (1 set): logloss" in page
+    assert "most FLOPs go into the wider input" in page
+    assert "not decided: 1 seed of the model" in page
+    assert re.search(r"<td>bigger, at M = 2</td><td>[\d.]+</td><td>0.500</td><td>8</td>", page)
     for path in ("curves", "gains", "correlations", "greedy", "ambiguity"):
         assert (study.study.out / f"{path}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -148,6 +160,49 @@ def test_predictions_of_something_else_are_refused(study: Results, tmp_path: Pat
         merge_study(config, study.recipe)
 
 
+def test_predictions_on_rows_that_were_prepared_otherwise_are_refused(study: Results, tmp_path: Path) -> None:
+    config = dataclasses.replace(study.study, out=tmp_path / "study")
+    shutil.copytree(study.study.out, config.out)
+    path = config.out / "members" / "rankmixer_s1" / "test.parquet"
+    predictions, facts, _ = load_predictions(path)
+    assert facts["manifest"] == data_facts(study.recipe.data)["manifest_sha256"]
+    predictions.save(path, {name: value for name, value in facts.items() if name != "manifest"})
+    merge_study(config, study.recipe)  # of a file that does not tell
+    predictions.save(path, {**facts, "manifest": "of something else"})
+    with pytest.raises(InputError, match=r"rankmixer_s1/test.parquet: predictions on rows .* prepared otherwise than"):
+        merge_study(config, study.recipe)
+
+
+def test_pictures_are_whole_or_as_they_were(study: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(study.study.out / "curves.png", tmp_path)
+
+    def killed(self: Figure, stream: Any, **_: Any) -> None:
+        stream.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Figure, "savefig", killed)
+    with pytest.raises(KeyboardInterrupt):
+        draw_all(study, tmp_path)
+    assert (tmp_path / "curves.png").read_bytes() == (study.study.out / "curves.png").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_a_study_of_members_alone(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = MergeStudyConfig(
+        out=tmp_path / "study",
+        backbones=("dcnv2",),
+        seeds=2,
+        more_seeds_of=(),
+        rivals=(),
+        ablation_sets=0,
+        sizes=(1, 2),
+    )
+    results = merge_study(config, recipe(prepared))
+    assert results is not None
+    assert (results.comparisons, results.ablations) == ([], [])
+    assert "No bigger model was trained: the claim was not tested." in capsys.readouterr().out
+
+
 def test_an_interrupted_job_goes_on(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = MergeStudyConfig(out=tmp_path / "whole", **ONE)
     broken = MergeStudyConfig(out=tmp_path / "broken", **ONE)
@@ -181,8 +236,8 @@ def test_a_dry_run_lists_jobs_and_makes_nothing(
 ) -> None:
     assert merge_study(MergeStudyConfig(out=tmp_path / "study", dry_run=True, **SMALL), recipe(prepared)) is None
     told = capsys.readouterr().out
-    assert "8 jobs of 6 steps" in told
-    assert told.count("to train") == 8
+    assert "9 jobs of 6 steps" in told
+    assert told.count("to train") == 9
     assert not (tmp_path / "study").exists()
 
 
@@ -197,6 +252,51 @@ def test_torchx_trains_the_jobs(
     expected, found = ({s.members: s.merged for s in r.sets} for r in (study, results))
     for members in (("dcnv2_s0",), ("dcnv2_s1",), ("dcnv2_s0", "dcnv2_s1")):
         assert found[members]["logloss"] == pytest.approx(expected[members]["logloss"], abs=1e-5)
+
+
+WAITING = """from torchx import specs
+
+
+def waiting(*arguments: str) -> specs.AppDef:
+    \"\"\"Wait.
+
+    Args:
+        arguments: of no use
+    \"\"\"
+    role = specs.Role(name="role", image="", entrypoint="sleep", args=["600"])
+    return specs.AppDef(name="waiting", roles=[role])
+"""
+
+
+def test_a_job_that_is_waited_for_no_more_is_cancelled(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchx.runner import Runner
+
+    waited: list[str] = []
+    cancelled: list[str] = []
+    cancel = Runner.cancel
+
+    def interrupted(self: Runner, handle: str, **_: Any) -> None:
+        waited.append(handle)
+        raise KeyboardInterrupt
+
+    def noted(self: Runner, handle: str) -> None:
+        cancelled.append(handle)
+        cancel(self, handle)
+
+    monkeypatch.setattr(Runner, "wait", interrupted)
+    monkeypatch.setattr(Runner, "cancel", noted)
+    (tmp_path / "component.py").write_text(WAITING)
+    component = f"{tmp_path / 'component.py'}:waiting"
+    config = MergeStudyConfig(out=tmp_path / "study", scheduler="local_cwd", component=component, torchx_args="", **ONE)
+    monkeypatch.chdir(prepared.parent)
+    with pytest.raises(KeyboardInterrupt):
+        merge_study(config, recipe(Path(prepared.name)))
+    assert len(waited) == 1
+    assert cancelled == waited
+    values = json.loads((config.out / "jobs" / "dcnv2_s0.json").read_text())
+    assert values["data"] == str(prepared)  # nodes start elsewhere
 
 
 FAILING = """from torchx import specs
@@ -247,6 +347,7 @@ def test_help_of_the_study_imports_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "set()\n"
     assert "--more-seeds-of" in done.stdout
+    assert "RECIPE may be a config file" in " ".join(done.stdout.replace("│", " ").split())
 
 
 def test_the_command_line_tells_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,6 +89,8 @@ def test_what_is_left_over_is_in_no_set() -> None:
         ({"rivals": (9,)}, "rivals 9 must lie between 2 and the 8 seeds of dcnv2"),
         ({"rivals": (1,)}, "rivals 1 must lie between 2"),
         ({"more_seeds_of": ()}, "more_seeds_of is empty; rivals and ablations"),
+        ({"rival_kinds": ()}, "rival_kinds is empty"),
+        ({"rival_kinds": ("wider", "wider")}, "names one twice"),
         ({"ablation_sets": 3}, "raise more_seeds from 8 to 12"),
         ({"ablation_members": 1}, "ablation_members at least 2"),
     ],

@@ -1,4 +1,4 @@
-"""Analysis: what merging gains, from the predictions of all jobs of a study."""
+"""Analysis: what merging gains over single members, from the predictions of all jobs of a study."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ import numpy as np
 
 from recsys.merge.rules import NAMES
 from recsys.studies.config import MergeStudyConfig
-from recsys.studies.estimates import Difference, Estimate, Verdict, difference, estimate, paired_difference
-from recsys.studies.jobs import ABLATIONS, ALONG, Job, ablation_members, member_name, rival_name
+from recsys.studies.estimates import Difference, Estimate, estimate, paired_difference
+from recsys.studies.jobs import ABLATIONS, Job, ablation_members
 from recsys.studies.pool import METRICS, Pool, Scores, SetScores
 from recsys.studies.rivals import Cost
-from recsys.studies.sets import BACKBONES, all_sets, sets_of_seeds
+from recsys.studies.sets import BACKBONES, all_sets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,30 +29,6 @@ class Point:
     """Gain over the best of a set's own members."""
     mflops: float
     """Inference of one row by all members of a set, mean over sets."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Merges of seeds against one bigger model, at about equal budget."""
-
-    backbone: str
-    kind: str
-    """wider or deeper."""
-    size: int
-    """M of the merge, and of the budget."""
-    flops_ratio: float
-    """FLOPs of the model over those of the merge."""
-    table_bytes_ratio: float
-    merged: dict[str, Estimate]
-    rival: dict[str, Estimate]
-    differences: dict[str, Difference]
-    """Merge minus model, on the same rows. Its standard error is of training randomness: that of models trained alone,
-    of this backbone and all sizes, pooled. A merge varies less than they do, so that it is on the safe side."""
-    row_error: float
-    """Standard error over test rows of the difference in logloss, paired by row: what other rows would change."""
-    wins: dict[str, float]
-    """Share of (set, seed of the model) in which the merge is better."""
-    verdicts: dict[str, Verdict]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,53 +76,13 @@ def points(scores: Sequence[SetScores], costs: Mapping[str, Cost]) -> list[Point
             source=source,
             size=size,
             num_sets=len(group),
-            merged=_estimates([found.merged for found in group]),
-            over_mean=_estimates([found.over_mean for found in group]),
-            over_best=_estimates([found.over_best for found in group]),
+            merged=estimates_of([found.merged for found in group]),
+            over_mean=estimates_of([found.over_mean for found in group]),
+            over_best=estimates_of([found.over_best for found in group]),
             mflops=float(np.mean([sum(costs[name].flops for name in found.members) for found in group])) / 1e6,
         )
         for (source, size), group in groups.items()
     ]
-
-
-def comparisons(pool: Pool, config: MergeStudyConfig, costs: Mapping[str, Cost]) -> list[Comparison]:
-    """Compare merges of M seeds of the main backbone with every bigger model of M times its budget."""
-    found = []
-    names_of = {
-        (size, kind): [rival_name(config.main, kind, size, seed) for seed in range(config.rival_seeds)]
-        for size in config.rivals
-        for kind in ALONG
-    }
-    alone = [member_name(config.main, seed) for seed in range(config.num_seeds(config.main))]
-    groups = [[pool.scores((name,)) for name in names] for names in (alone, *names_of.values())]
-    for size in config.rivals:
-        sets = sets_of_seeds(config, config.main, size)
-        single = costs[member_name(config.main, 0)]
-        for kind in ALONG:
-            names = names_of[size, kind]
-            merged, rival = [pool.scores(members) for members in sets], [pool.scores((name,)) for name in names]
-            differences = {
-                name: difference(
-                    _column(merged, name), _column(rival, name), [_column(group, name) for group in groups]
-                )
-                for name in METRICS
-            }
-            found.append(
-                Comparison(
-                    backbone=config.main,
-                    kind=kind,
-                    size=size,
-                    flops_ratio=costs[names[0]].flops / (size * single.flops),
-                    table_bytes_ratio=costs[names[0]].table_bytes / (size * single.table_bytes),
-                    merged=_estimates(merged),
-                    rival=_estimates(rival),
-                    differences=differences,
-                    row_error=_row_error(pool, sets, names),
-                    wins={name: _wins(_column(merged, name), _column(rival, name), METRICS[name]) for name in METRICS},
-                    verdicts={name: differences[name].verdict(sign) for name, sign in METRICS.items()},
-                )
-            )
-    return found
 
 
 def ablations(pool: Pool, config: MergeStudyConfig, jobs: Sequence[Job]) -> list[Ablation]:
@@ -166,10 +102,10 @@ def ablations(pool: Pool, config: MergeStudyConfig, jobs: Sequence[Job]) -> list
                 size=config.ablation_members,
                 num_sets=len(pairs),
                 table_bytes_ratio=job_bytes[f"{config.main}_{kind}_0"] / alone_bytes,
-                together=_estimates([scores.merged for scores in together]),
-                alone=_estimates([scores.merged for scores in alone]),
-                together_members=_estimates([scores.mean_member for scores in together]),
-                alone_members=_estimates([scores.mean_member for scores in alone]),
+                together=estimates_of([scores.merged for scores in together]),
+                alone=estimates_of([scores.merged for scores in alone]),
+                together_members=estimates_of([scores.mean_member for scores in together]),
+                alone_members=estimates_of([scores.mean_member for scores in alone]),
                 differences={
                     name: paired_difference([s.merged[name] for s in together], [s.merged[name] for s in alone])
                     for name in METRICS
@@ -190,29 +126,20 @@ def rules(pool: Pool, config: MergeStudyConfig) -> list[RuleScores]:
     found = []
     for rule in NAMES:
         scores = [pool.scores(members, rule) for members in sets]
-        differences = {name: paired_difference(_column(scores, name), _column(usual, name)) for name in METRICS}
+        differences = {name: paired_difference(column(scores, name), column(usual, name)) for name in METRICS}
         found.append(
-            RuleScores(rule=rule, size=size, num_sets=len(sets), merged=_estimates(scores), over_mean_logit=differences)
+            RuleScores(
+                rule=rule, size=size, num_sets=len(sets), merged=estimates_of(scores), over_mean_logit=differences
+            )
         )
     return found
 
 
-def _estimates(scores: Sequence[Scores]) -> dict[str, Estimate]:
-    return {name: estimate(_column(scores, name)) for name in METRICS}
+def estimates_of(scores: Sequence[Scores]) -> dict[str, Estimate]:
+    """Mean of each metric."""
+    return {name: estimate(column(scores, name)) for name in METRICS}
 
 
-def _column(scores: Sequence[Scores], name: str) -> list[float]:
+def column(scores: Sequence[Scores], name: str) -> list[float]:
+    """One metric of all."""
     return [found[name] for found in scores]
-
-
-def _wins(merged: Sequence[float], rival: Sequence[float], sign: int) -> float:
-    return float(np.mean([sign * (a - b) > 0 for a in merged for b in rival]))
-
-
-def _row_error(pool: Pool, sets: Sequence[Sequence[str]], names: Sequence[str]) -> float:
-    """Standard error of the weighted mean of loss differences, of the mean merge minus the mean model on each row."""
-    merged_N = np.mean([pool.row_losses(members) for members in sets], axis=0)
-    shares_N = pool.test.weights_N.astype(np.float64) / pool.test.weights_N.sum(dtype=np.float64)
-    away_N = merged_N - np.mean([pool.row_losses((name,)) for name in names], axis=0)
-    away_N -= shares_N @ away_N
-    return float(np.sqrt(np.square(shares_N * away_N).sum()))

@@ -3,20 +3,23 @@
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from recsys.config import nearest
 from recsys.place import Place
 
 IN_PROCESS = "in_process"
+RivalKind = Literal["wider", "deeper", "bigger"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeStudyConfig:
     """Which members a merge study trains, how it merges them, and what it compares the merges with.
 
-    Every job is trained as the recipe says, but for its members. The same command goes on with a study that was
-    interrupted, and makes the report of a finished one anew; checkpoints of jobs that have their predictions may be
-    removed.
+    Every job is trained as RECIPE says, but for its members. RECIPE may be a config file: steps, batch size, learning
+    rates and a member's sizes are changed there; the config.json of any run is one to start from. The same command goes
+    on with a study that was interrupted, and makes the report of a finished one anew; checkpoints of jobs that have
+    their predictions may be removed.
     """
 
     out: Path
@@ -36,9 +39,12 @@ class MergeStudyConfig:
     sizes: tuple[int, ...] = (1, 2, 4, 8)
     """Members (M) of a merge."""
     rivals: tuple[int, ...] = (2, 4)
-    """Budgets, in multiples of one member, at which one wider and one deeper model are trained; none for no rivals."""
-    rival_seeds: int = 2
-    """Seeds of each of those models."""
+    """Budgets, in multiples of one member's FLOPs, at which bigger models are trained; none for no rivals."""
+    rival_kinds: tuple[RivalKind, ...] = ("wider", "deeper", "bigger")
+    """Models at each budget. wider: embeddings are as many times wider, and hidden widths fill the FLOPs. deeper: more
+    layers besides. bigger: a member's own embedding dimension, and hidden widths fill the FLOPs."""
+    rival_seeds: int = 3
+    """Seeds of each of those models; fewer than 3 decide nothing."""
     ablation_members: int = 4
     """Members of a job that shares tables, and of one that trains on the joint loss."""
     ablation_sets: int = 2
@@ -96,7 +102,9 @@ class MergeStudyConfig:
                     f"rivals {size} must lie between 2 and the {self.more_seeds} seeds of {self.main}, whose merge "
                     "they are compared with; raise more_seeds"
                 )
-        for name in ("sizes", "rivals"):
+        if self.rivals and not self.rival_kinds:
+            raise ValueError("rival_kinds is empty; name one at least, or no rivals")
+        for name in ("sizes", "rivals", "rival_kinds"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"{name} {getattr(self, name)} names one twice")
 

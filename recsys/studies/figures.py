@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, MaxNLocator, NullLocator
 
+from recsys.place import whole
 from recsys.studies.estimates import Estimate
 from recsys.studies.pool import METRICS
 from recsys.studies.sets import BACKBONES, MIXED, SEEDS
@@ -40,7 +41,7 @@ def draw_all(results: "Results", folder: Path) -> dict[str, Path]:
     paths = {}
     for name, draw in draws.items():
         paths[name] = folder / f"{name}.png"
-        with paths[name].open("wb") as stream:
+        with whole(paths[name]) as partial, partial.open("wb") as stream:
             draw(results).savefig(stream, format="png", dpi=DPI)
     return paths
 
@@ -62,7 +63,7 @@ def _curves(results: "Results") -> Figure:
     figure = Figure(figsize=(11, 5.2), layout="constrained")
     panels = figure.subplots(1, 2)
     styles = _styles(results)
-    marks = {"wider": (PURPLE, "v"), "deeper": (BLACK, "P")}
+    marks = {"wider": (PURPLE, "v"), "deeper": (BLACK, "P"), "bigger": (SKY, "X")}
     num_series = len(styles) + len(marks)
     for panel, metric in zip(panels, SHOWN, strict=True):
         for place, (source, style) in enumerate(styles.items()):
@@ -74,11 +75,11 @@ def _curves(results: "Results") -> Figure:
             label = f"one {kind} {results.study.main}" if series else ""
             _errors(panel, series, _shift(place, num_series), colour, marker, label, line="none")
         _bayes_line(panel, results, metric)
-        _size_axis(panel, results, "members M, or one model at the budget of M")
+        _size_axis(panel, results, "members M, or one model with the FLOPs of M")
         panel.set_ylabel(f"test {TITLES[metric]} ({'higher' if METRICS[metric] > 0 else 'lower'} is better)")
     figure.suptitle(
-        f"{results.dataset}, {results.num_test_rows:,} test rows: merges of M members by the mean logit\n"
-        "points: mean over disjoint sets; bars: standard error of it over sets",
+        f"{results.title}: merges of M members by the mean logit\n"
+        "points: mean over disjoint sets; bars: standard error of it over sets, on these test rows",
         fontsize=11,
         parse_math=False,
     )
@@ -106,7 +107,10 @@ def _gains(results: "Results") -> Figure:
         _size_axis(panel, results, "members M")
         panel.set_ylabel(f"gain in {TITLES[metric].replace(', nats', '')}, {_unit(metric)}")
     figure.suptitle(
-        "Gain of the merge over the mean of its own members, paired by set; bars: standard error over sets", fontsize=11
+        f"{results.title}: gain of the merge over the mean of its own members\n"
+        "points: mean over disjoint sets, paired by set; bars: standard error of it over sets",
+        fontsize=11,
+        parse_math=False,
     )
     _legend_below(figure, panels[0])
     return figure

@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from recsys.backbones.base import Along
 from recsys.data.schema import Schema
 from recsys.members import SEED_STRIDE, MemberSpec, describe_member, parse_members
 from recsys.studies.config import MergeStudyConfig
@@ -12,8 +11,6 @@ from recsys.studies.rivals import Cost, cost, rival
 from recsys.training.config import TrainConfig
 
 Kind = Literal["members", "rivals", "ablations"]
-ALONG: dict[str, Along] = {"wider": "width", "deeper": "depth"}
-"""What a rival is called, and what of its backbone grows."""
 ABLATIONS: dict[str, dict[str, Any]] = {"shared": {"tables": "shared"}, "joint": {"loss": "joint"}}
 """What a job of several members is called, and what it does otherwise than members alone."""
 
@@ -45,7 +42,7 @@ def member_name(backbone: str, seed: int) -> str:
 
 
 def rival_name(backbone: str, kind: str, size: int, seed: int) -> str:
-    """Name of a bigger model; `kind` is a key of ALONG."""
+    """Name of a bigger model; `kind` is a RivalKind."""
     return f"{backbone}_{kind}{size}_s{seed}"
 
 
@@ -68,15 +65,14 @@ def plan(config: MergeStudyConfig, recipe: TrainConfig, schema: Schema) -> list[
         if seed < config.num_seeds(backbone)
     ]
     for size in config.rivals:
-        for kind, along in ALONG.items():
-            bigger = rival(_spec(recipe, config.main, 0, "one"), size, along, schema)
+        for kind in config.rival_kinds:
+            bigger = rival(_spec(recipe, config.main, 0, "one"), size, kind, schema)
             for seed in range(config.rival_seeds):
                 name = rival_name(config.main, kind, size, seed)
                 spec = replace(bigger, name=name, seed=recipe.seed + seed * SEED_STRIDE)
                 jobs.append(_alone(config, recipe, schema, "rivals", spec))
     for index in range(config.ablation_sets):
-        for kind in ABLATIONS:
-            jobs.append(_ablation(config, recipe, schema, kind, index))
+        jobs += [_ablation(config, recipe, schema, kind, index) for kind in ABLATIONS]
     return jobs
 
 

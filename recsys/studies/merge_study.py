@@ -1,7 +1,7 @@
 """The merge study: whether a merge of independently trained members beats one bigger model of the same budget.
 
-Members are trained alone, merged offline in disjoint sets, and compared with wider and deeper models. Source of the
-question and of the backbones: arXiv 2512.07650.
+Members are trained alone, merged offline in disjoint sets, and compared with bigger models of their FLOPs. Source of
+the question and of the backbones: arXiv 2512.07650.
 """
 
 import json
@@ -17,9 +17,10 @@ from rich.table import Table
 from recsys.config import InputError, dump, write_whole
 from recsys.data.schema import Schema
 from recsys.studies import analysis
-from recsys.studies.analysis import Ablation, Comparison, Point, RuleScores
+from recsys.studies.analysis import Ablation, Point, RuleScores
+from recsys.studies.comparisons import Comparison, comparisons
 from recsys.studies.config import MergeStudyConfig
-from recsys.studies.findings import NAMES, plain, sentence, verdict
+from recsys.studies.findings import NAMES, gain, limits, opponent, plain, sentence, verdict
 from recsys.studies.jobs import Job, plan
 from recsys.studies.pool import Pool, SetScores, read_pool
 from recsys.studies.running import run_jobs, speed_of, state_of, steps_of
@@ -73,6 +74,12 @@ class Results:
     sets: list[SetScores]
     jobs: list[JobRecord]
 
+    @property
+    def title(self) -> str:
+        """Which data it was, in a few words."""
+        made = ", synthetic log" if self.study.truth else ""
+        return f"{self.dataset}{made}, {self.num_test_rows:,} test rows"
+
 
 def merge_study(config: MergeStudyConfig, recipe: TrainConfig) -> Results | None:
     """Run what is left of a study, write its results and print the main ones; None where it only lists its jobs.
@@ -114,7 +121,7 @@ def analyse(config: MergeStudyConfig, recipe: TrainConfig, jobs: list[Job], sche
         base_rate=pool.base_rate,
         bayes_optimal=best,
         points=analysis.points(scores, costs),
-        comparisons=analysis.comparisons(pool, config, costs),
+        comparisons=comparisons(pool, config, jobs),
         ablations=analysis.ablations(pool, config, jobs),
         rules=analysis.rules(pool, config),
         greedy=greedy(pool, config),
@@ -174,7 +181,7 @@ def _print_jobs(jobs: list[Job], num_steps: int) -> None:
 def _print(results: Results) -> None:
     """The main result, and where all of it is."""
     console = Console() if sys.stdout.isatty() else Console(width=NO_TERMINAL_WIDTH)
-    table = Table(title=f"{results.dataset}, {results.num_test_rows:,} test rows", title_justify="left", box=SIMPLE)
+    table = Table(title=results.title, title_justify="left", box=SIMPLE)
     table.add_column("merges of")
     for column in ("M", "sets", *(NAMES[name] for name in SHOWN), *(f"gain in {NAMES[name]}" for name in SHOWN)):
         table.add_column(column, justify="right")
@@ -186,13 +193,14 @@ def _print(results: Results) -> None:
             table.add_row(point.source, str(point.size), str(point.num_sets), *metrics, *gains)
     for found in results.comparisons:
         metrics = [plain(found.rival[name]) for name in SHOWN]
-        name = f"one {found.kind} {found.backbone}"
-        table.add_row(name, f"budget {found.size}", str(found.rival["auc"].count), *metrics, "", "")
+        table.add_row(opponent(found), f"budget {found.size}", str(found.rival["auc"].count), *metrics, "", "")
     console.print(table)
     told = [
         "gains are over the mean of a set's own members; ± is the standard error over sets",
         *map(sentence, results.comparisons),
+        gain(results),
         verdict(results),
+        *filter(None, [limits(results.comparisons)]),
         f"report: {results.study.out / 'report.html'}",
     ]
     for line in told:

@@ -13,9 +13,11 @@ from recsys.data.schema import Schema
 from recsys.merge.diversity import ambiguity
 from recsys.merge.rows import losses
 from recsys.studies.jobs import Job
+from recsys.studies.row_errors import auc_influences, logloss_influences
 from recsys.studies.running import predictions_of
 from recsys.training.metrics import click_metrics
 from recsys.training.predictions import Predictions, merge_for
+from recsys.training.run import data_facts
 
 METRICS = {"auc": 1, "logloss": -1, "ne": -1}
 """Metrics of a study, and whether more or less of each is better."""
@@ -87,11 +89,18 @@ class Pool:
             ambiguity=found.ambiguity if found else 0.0,
         )
 
-    def row_losses(self, members: Sequence[str]) -> np.ndarray:
-        """Loss of the members' mean logit on every test row, in nats [N]."""
-        logits_N1 = self.merged_logits(members).unsqueeze(1)
-        loss_N1: np.ndarray = losses(logits_N1, self.test.tensors[1]).numpy()
-        return loss_N1[:, 0]
+    def influences(self, members: Sequence[str]) -> dict[str, np.ndarray]:
+        """What every test row adds to each metric of the members' mean logit, beside its expectation [N]."""
+        logits_N = self.merged_logits(members)
+        labels_N, weights_N = self.test.labels_N, self.test.weights_N.astype(np.float64)
+        loss_N = losses(logits_N.unsqueeze(1), self.test.tensors[1]).numpy()[:, 0]
+        of_loss_N = logloss_influences(loss_N, weights_N)
+        scores = self.scores(members)
+        return {
+            "auc": auc_influences(labels_N, logits_N.numpy(), weights_N),
+            "logloss": of_loss_N,
+            "ne": of_loss_N * (scores["ne"] / scores["logloss"]),  # the base rate's own error is left out
+        }
 
 
 def read_pool(jobs: Sequence[Job], schema: Schema) -> Pool:
@@ -100,11 +109,12 @@ def read_pool(jobs: Sequence[Job], schema: Schema) -> Pool:
     Raises:
         InputError: a job's rows are not those of the others.
     """
-    return Pool(*(_side_by_side(jobs, split, schema) for split in ("valid", "test")))
+    manifest = data_facts(jobs[0].config.data)["manifest_sha256"]
+    return Pool(*(_side_by_side(jobs, split, schema, manifest) for split in ("valid", "test")))
 
 
-def _side_by_side(jobs: Sequence[Job], split: str, schema: Schema) -> Predictions:
-    parts = [predictions_of(job, split, schema) for job in jobs]
+def _side_by_side(jobs: Sequence[Job], split: str, schema: Schema, manifest: str | None) -> Predictions:
+    parts = [predictions_of(job, split, schema, manifest) for job in jobs]
     first = parts[0]
     for job, part in zip(jobs, parts, strict=True):
         same = len(part.labels_N) == len(first.labels_N) and (part.labels_N == first.labels_N).all()

@@ -1,5 +1,6 @@
-"""Rivals: one bigger model at the inference budget of M members, wider or deeper, and what each really costs."""
+"""Rivals: one bigger model with the FLOPs of M members, and what each really costs."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,16 +8,18 @@ from typing import Any
 
 import torch
 
-from recsys.backbones.base import Along
 from recsys.backbones.layers import linear_flops
 from recsys.data.schema import Schema
 from recsys.members import MemberSpec
 from recsys.model import Member
+from recsys.studies.config import RivalKind
 
 FLOAT_BYTES = 4
 SMALLEST, LARGEST = 1e-6, 1e6
 """Rungs of the ladder between which sizes are looked for."""
 HALVINGS = 30
+
+Size = int | tuple[int, ...] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,28 +57,37 @@ def cost(spec: MemberSpec, schema: Schema) -> Cost:
     )
 
 
-def rival(base: MemberSpec, size: int, along: Along, schema: Schema) -> MemberSpec:
-    """Make one model of about the cost of `size` members like `base`: same table bytes, FLOPs as near as they get.
+def rival(base: MemberSpec, size: int, kind: RivalKind, schema: Schema) -> MemberSpec:
+    """Make one model with the FLOPs of `size` members like `base`, as near as they get.
 
-    The embedding dimension is `size` times as large. A depth has `size` times the layers. Then the backbone's width is
-    what brings its FLOPs nearest to the budget; it may well be below that of `base`, because wider embeddings alone
-    cost FLOPs. Cross weights that are full matrices cost K^2 for K = num_fields * dim, so that they would be beyond the
-    budget at any width: they get a rank, which starts at K / 2 of `base`, where both forms cost the same. Layers of the
-    head and of the dense columns keep their hidden widths.
+    `wider` and `deeper` have the table bytes of `size` members too: the embedding dimension is `size` times as large,
+    and a deeper one has `size` times the layers. `bigger` keeps the embedding dimension, and so the table bytes of one
+    member. Then the backbone's width is what brings its FLOPs nearest to the budget; of the first two it may well be
+    below that of `base`, because wider embeddings alone cost FLOPs. There, cross weights that are full matrices cost
+    K^2 for K = num_fields * dim, so that they would be beyond the budget at any width: they get a rank, which starts at
+    K / 2 of `base`, where both forms cost the same. Layers of the head and of the dense columns keep their hidden
+    widths.
     """
-    dim = base.model.embedding_dim
-    sizes = base.sizes
-    if getattr(sizes, "rank", 0) is None:
-        sizes = replace(sizes, rank=max(schema.num_fields * dim // 2, 1))
-    if along == "depth":
+    dim, sizes, model = base.model.embedding_dim, base.sizes, base.model
+    if kind != "bigger":
+        model = replace(model, embedding_dim=dim * size)
+        if getattr(sizes, "rank", 0) is None:
+            sizes = replace(sizes, rank=max(schema.num_fields * dim // 2, 1))
+    if kind == "deeper":
         sizes = sizes.ladder(size, "depth")
-    model = replace(base.model, embedding_dim=dim * size)
 
     def of_width(factor: float) -> MemberSpec:
         return replace(base, model=model, sizes=sizes.ladder(factor, "width"))
 
     budget = size * cost(base, schema).flops
     return _nearest(of_width, lambda spec: cost(spec, schema).flops, budget)
+
+
+def sizes_of(spec: MemberSpec) -> dict[str, Size]:
+    """Embedding dimension, and whatever of the backbone's fields is a size; None is a part that is left out or full."""
+    fields = {field.name: getattr(spec.sizes, field.name) for field in dataclasses.fields(spec.sizes)}
+    sizes = {name: value for name, value in fields.items() if not isinstance(value, bool | str | float)}
+    return {"embedding_dim": spec.model.embedding_dim, **sizes}
 
 
 def _nearest(make: Callable[[float], Any], price: Callable[[Any], int], budget: int) -> Any:

@@ -4,7 +4,7 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -71,21 +71,21 @@ def check_same_run(job: Job) -> None:
     run = RunFolder(job.folder)
     if run.data.exists() and json.loads(run.data.read_text()) != data_facts(job.config.data):
         raise InputError(f"{job.folder}: was trained on other data than {job.config.data}; name another --out")
-    before = _flat(dump(load_file(TrainConfig, run.config)))
-    wanted = _flat(dump(job.config))
-    for name in sorted({**before, **wanted}):
-        old, new = before.get(name), wanted.get(name)
-        if old != new and name not in MAY_DIFFER:
+    for name, old, new in _differences(dump(load_file(TrainConfig, run.config)), dump(job.config)):
+        if name not in MAY_DIFFER:
             raise InputError(
                 f"{job.folder}: was run with {name} {old}, the study wants {new}; name another --out, or remove that "
                 "folder to train it again"
             )
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {prefix.removesuffix("."): values}
-    return {name: value for key, part in values.items() for name, value in _flat(part, f"{prefix}{key}.").items()}
+def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Names, as options have them, and values of what differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif old != new:
+        yield name, old, new
 
 
 def run_jobs(config: MergeStudyConfig, jobs: Sequence[Job], num_steps: int) -> None:
@@ -135,8 +135,14 @@ def predict(job: Job, world: World) -> None:
         predictions.save(job.folder / f"{split}.parquet", predictor.facts(split))
 
 
-def predictions_of(job: Job, split: str, schema: Schema) -> Predictions:
+def predictions_of(job: Job, split: str, schema: Schema, manifest: str | None = None) -> Predictions:
     """Read a job's predictions.
+
+    Args:
+        job: whose members they are of.
+        split: valid or test.
+        schema: of the study's data.
+        manifest: checksum of that data's manifest; compared where both have one.
 
     Raises:
         InputError: they are of other members or other data.
@@ -149,6 +155,11 @@ def predictions_of(job: Job, split: str, schema: Schema) -> Predictions:
             f"{path}: predictions of {', '.join(predictions.names)} on {facts.get('split')} rows of schema "
             f"{facts.get('schema')}; the study wants {', '.join(job.members)} on {split} rows of {schema.hash}; remove "
             "the file to predict again"
+        )
+    if manifest and facts.get("manifest", manifest) != manifest:
+        raise InputError(
+            f"{path}: predictions on rows that were prepared otherwise than {job.config.data}; remove the file to "
+            "predict again"
         )
     return predictions
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from recsys.config import InputError, dump, nearest, write_whole
+from recsys.place import is_local
 from recsys.studies.config import MergeStudyConfig
 from recsys.studies.jobs import Job
 
@@ -32,7 +33,9 @@ def train_on(config: MergeStudyConfig, job: Job) -> None:
         raise InputError(f"--component {config.component}: no such file; start the study in the repository's root")
     path = (config.out / "jobs" / f"{job.name}.json").absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(dump(replace(job.config, out=job.folder.absolute())), indent=2) + "\n")
+    data = job.config.data
+    train = replace(job.config, out=job.folder.absolute(), data=data.absolute() if is_local(data) else data)
+    write_whole(path, json.dumps(dump(train), indent=2) + "\n")
     arguments = [*shlex.split(config.torchx_args), "--", str(path)]
     with get_runner() as runner:
         known = list(runner.scheduler_backends())
@@ -51,7 +54,11 @@ def train_on(config: MergeStudyConfig, job: Job) -> None:
         except Exception as error:  # what a scheduler and its client may raise has no common base
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"job {job.name}: {config.scheduler} does not take it ({reason})") from None
-        status = runner.wait(handle, wait_interval=POLL_S)
+        try:
+            status = runner.wait(handle, wait_interval=POLL_S)
+        except BaseException:  # else the job goes on, and the same command starts a second one in its folder
+            runner.cancel(handle)
+            raise
         if status is None or status.state != AppState.SUCCEEDED:
             state = status.state.name if status else "gone"
             logs = f"; logs: {status.ui_url}" if status and status.ui_url else ""
