@@ -17,7 +17,7 @@ from recsys.studies.config import MergeStudyConfig
 from recsys.studies.figures import draw_all
 from recsys.studies.merge_study import Results, merge_study
 from recsys.training.config import TrainConfig
-from recsys.training.metrics import click_metrics
+from recsys.training.metrics import ClickMetrics, click_metrics
 from recsys.training.predictions import load_predictions
 from recsys.training.run import data_facts
 from recsys.training.trainer import Trainer
@@ -185,6 +185,22 @@ def test_pictures_are_whole_or_as_they_were(study: Results, tmp_path: Path, monk
         draw_all(study, tmp_path)
     assert (tmp_path / "curves.png").read_bytes() == (study.study.out / "curves.png").read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_the_best_possible_is_a_line_with_a_break_of_the_axis_where_it_is_far(
+    study: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, far: bool
+) -> None:
+    merged = study.points[0].merged
+    near = {name: merged[name].mean for name in ("auc", "logloss", "ne")}
+    best = ClickMetrics(**({"auc": 0.99, "logloss": 0.01, "ne": 0.02} if far else near), calibration=1.0, num_rows=9)
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    draw_all(dataclasses.replace(study, bayes_optimal=best), tmp_path)
+    axes = figures[0].axes
+    assert len(axes) == (4 if far else 2)
+    dotted = [np.asarray(line.get_ydata()) for panel in axes for line in panel.lines if line.get_linestyle() == ":"]
+    assert sorted(y[0] for y in dotted if len(y)) == sorted([best.auc, best.logloss])
 
 
 def test_a_study_of_members_alone(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

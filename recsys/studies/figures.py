@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -26,7 +26,7 @@ FAINT = "#b0b0b0"
 TITLES = {"auc": "AUC", "logloss": "logloss, nats", "ne": "normalised entropy"}
 SHOWN = ("auc", "logloss")
 BAYES_SPANS = 1.0
-"""How far from the curves the best possible may lie, in spans of the curves, to be drawn as a line."""
+"""How far from the curves the best possible may lie, in spans of the curves, to be drawn without a break."""
 
 
 def draw_all(results: "Results", folder: Path) -> dict[str, Path]:
@@ -74,8 +74,8 @@ def _curves(results: "Results") -> Figure:
             series = [(found.size, found.rival[metric]) for found in results.comparisons if found.kind == kind]
             label = f"one {kind} {results.study.main}" if series else ""
             _errors(panel, series, _shift(place, num_series), colour, marker, label, line="none")
-        _bayes_line(panel, results, metric)
         _size_axis(panel, results, "members M, or one model with the FLOPs of M")
+        _bayes_line(figure, panel, results, metric)
         panel.set_ylabel(f"test {TITLES[metric]} ({'higher' if METRICS[metric] > 0 else 'lower'} is better)")
     figure.suptitle(
         f"{results.title}: merges of M members by the mean logit\n"
@@ -161,18 +161,38 @@ def _size_axis(panel: Axes, results: "Results", label: str) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _bayes_line(panel: Axes, results: "Results", metric: str) -> None:
-    """A line for the best possible; where it would flatten the curves, a note instead."""
+def _bayes_line(figure: Figure, panel: Axes, results: "Results", metric: str) -> None:
+    """A line for the best possible; where it would flatten the curves, in a strip beyond a break of the axis."""
     if results.bayes_optimal is None:
         return
     best = getattr(results.bayes_optimal, metric)
     low, high = panel.get_ylim()
+    line: dict[str, Any] = {"color": BLACK, "linewidth": 1.2, "linestyle": ":", "label": "best possible (true probabilities)"}
     if low - BAYES_SPANS * (high - low) <= best <= high + BAYES_SPANS * (high - low):
-        panel.axhline(best, color=BLACK, linewidth=1.0, linestyle=":", label="best possible (true probabilities)")
+        panel.axhline(best, **line)
         return
-    side = "above" if best > high else "below"
-    note = f"best possible {best:.4f}, {side} this axis"
-    panel.set_title(note, fontsize=9, color="#404040", loc="right")
+    # What is above is drawn above: the panel keeps seven eighths of its place, and the strip gets the rest.
+    place = panel.get_subplotspec()
+    assert place is not None
+    is_above = best > high
+    parts = place.subgridspec(2, 1, height_ratios=(1, 7) if is_above else (7, 1), hspace=0.03)
+    panel.set_subplotspec(parts[1 if is_above else 0])
+    strip = figure.add_subplot(parts[0 if is_above else 1], sharex=panel)
+    strip.axhline(best, **line)
+    strip.set_ylim(best - (high - low) / 14, best + (high - low) / 14)
+    strip.set_yticks([best], [f"{best:.4f}"])
+    strip.spines[["top", "right", "bottom"] if is_above else ["top", "right"]].set_visible(False)
+    upper, lower = (strip, panel) if is_above else (panel, strip)
+    upper.tick_params(axis="x", which="both", bottom=False, labelbottom=False)
+    upper.spines["bottom"].set_visible(False)
+    lower.set_xlabel(panel.get_xlabel())
+    if not is_above:
+        panel.set_xlabel("")
+    # The break: two short strokes across the axis on either side of it.
+    for axes, edge in ((upper, 0.0), (lower, 1.0)):
+        axes.plot([0], [edge], transform=axes.transAxes, marker=[(-1, -0.5), (1, 0.5)], markersize=9, color=BLACK,
+                  clip_on=False, linestyle="none")  # fmt: skip
+    panel.plot([], [], **line)  # for the legend
 
 
 def _legend_below(figure: Figure, panel: Axes) -> None:
