@@ -167,7 +167,12 @@ def _bayes_line(figure: Figure, panel: Axes, results: "Results", metric: str) ->
         return
     best = getattr(results.bayes_optimal, metric)
     low, high = panel.get_ylim()
-    line: dict[str, Any] = {"color": BLACK, "linewidth": 1.2, "linestyle": ":", "label": "best possible (true probabilities)"}
+    line: dict[str, Any] = {
+        "color": BLACK,
+        "linewidth": 1.2,
+        "linestyle": ":",
+        "label": "best possible (true probabilities)",
+    }
     if low - BAYES_SPANS * (high - low) <= best <= high + BAYES_SPANS * (high - low):
         panel.axhline(best, **line)
         return
