@@ -262,7 +262,7 @@ def _evaluate(arguments: list[str]) -> int:
 
 def _merge(arguments: list[str]) -> int:
     _quieten_libraries()
-    from recsys.studies.merge_runs import MergeConfig, merge_runs
+    from recsys.studies.config import MergeConfig
 
     config = _parse(MergeConfig, "merge", arguments)
     if config.of_files:
@@ -271,6 +271,7 @@ def _merge(arguments: list[str]) -> int:
         _print_metrics(f"{config.out}", merge_files(config))
         return 0
     from recsys.distributed import process_group
+    from recsys.studies.merge_runs import merge_runs
 
     with process_group() as world:
         metrics = merge_runs(config, world)
@@ -281,10 +282,12 @@ def _merge(arguments: list[str]) -> int:
 
 def _predict(arguments: list[str]) -> int:
     _quieten_libraries()
-    from recsys.distributed import process_group
-    from recsys.training.answer import PredictConfig, answer
+    from recsys.training.request import PredictConfig
 
     config = _parse(PredictConfig, "predict", arguments)
+    from recsys.distributed import process_group
+    from recsys.training.answer import answer
+
     with process_group() as world:
         found = answer(config, world)
     if found:

@@ -1,32 +1,18 @@
 """DLRM, the deep learning recommendation model (arXiv 1906.00091)."""
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from recsys.backbones.base import Along, Backbone
-from recsys.backbones.layers import PairProducts, check_sizes, deeper_mlp, linear_flops, mlp, wider_mlp
+from recsys.backbones.base import Backbone
+from recsys.backbones.layers import MLPSizes, PairProducts, linear_flops, mlp
 
 
 @dataclass(frozen=True, kw_only=True)
-class DLRMConfig:
+class DLRMConfig(MLPSizes):
     """Sizes of a DLRM. The authors' one for Criteo Terabyte has hidden = (1024, 1024, 512, 256) and dim 128."""
-
-    hidden: tuple[int, ...] = (256, 128)
-    """Widths of the top MLP, its last layer (to one logit) left out: that is the head."""
-
-    dropout: float = 0.0
-    """Share of each MLP layer's activations dropped in training."""
-
-    def __post_init__(self) -> None:
-        check_sizes(self.dropout, hidden=self.hidden)
-
-    def ladder(self, k: float, along: Along) -> Self:
-        """Scale the top MLP's widths or layers; the interaction has no size of its own."""
-        scale = wider_mlp if along == "width" else deeper_mlp
-        return replace(self, hidden=scale(self.hidden, k))
 
 
 _DEFAULT = DLRMConfig()

@@ -1,30 +1,17 @@
 """FNN, an MLP over the concatenated embeddings (arXiv 1601.02376)."""
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from recsys.backbones.base import Along, Backbone
-from recsys.backbones.layers import check_sizes, deeper_mlp, linear_flops, mlp, wider_mlp
+from recsys.backbones.base import Backbone
+from recsys.backbones.layers import MLPSizes, linear_flops, mlp
 
 
 @dataclass(frozen=True, kw_only=True)
-class FNNConfig:
+class FNNConfig(MLPSizes):
     """Sizes of an FNN."""
-
-    hidden: tuple[int, ...] = (256, 128)
-    """Widths of the MLP."""
-
-    dropout: float = 0.0
-    """Share of each MLP layer's activations dropped in training."""
-
-    def __post_init__(self) -> None:
-        check_sizes(self.dropout, hidden=self.hidden)
-
-    def ladder(self, k: float, along: Along) -> Self:
-        """Scale the MLP's widths, or its layers."""
-        return replace(self, hidden=wider_mlp(self.hidden, k) if along == "width" else deeper_mlp(self.hidden, k))
 
 
 _DEFAULT = FNNConfig()

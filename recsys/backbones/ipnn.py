@@ -1,31 +1,18 @@
 """IPNN, the inner product-based neural network (arXiv 1611.00144)."""
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from recsys.backbones.base import Along, Backbone
-from recsys.backbones.layers import PairProducts, check_sizes, deeper_mlp, linear_flops, mlp, wider_mlp
+from recsys.backbones.base import Backbone
+from recsys.backbones.layers import MLPSizes, PairProducts, linear_flops, mlp
 
 
 @dataclass(frozen=True, kw_only=True)
-class IPNNConfig:
+class IPNNConfig(MLPSizes):
     """Sizes of an IPNN."""
-
-    hidden: tuple[int, ...] = (256, 128)
-    """Widths of the MLP."""
-
-    dropout: float = 0.0
-    """Share of each MLP layer's activations dropped in training."""
-
-    def __post_init__(self) -> None:
-        check_sizes(self.dropout, hidden=self.hidden)
-
-    def ladder(self, k: float, along: Along) -> Self:
-        """Scale the MLP's widths, or its layers; the products are as many as the pairs of fields."""
-        return replace(self, hidden=wider_mlp(self.hidden, k) if along == "width" else deeper_mlp(self.hidden, k))
 
 
 _DEFAULT = IPNNConfig()

@@ -2,9 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
+
+from recsys.backbones.base import Along
 
 
 class Dropout(nn.Module):
@@ -38,6 +42,24 @@ class Dropout(nn.Module):
             self.generator = torch.Generator(x.device).manual_seed(self.seed)
         mask = torch.empty_like(x).bernoulli_(1.0 - self.p, generator=self.generator)
         return x * mask.div_(1.0 - self.p)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPSizes:
+    """Sizes of a backbone that has an MLP, and else nothing with a size of its own."""
+
+    hidden: tuple[int, ...] = (256, 128)
+    """Widths of the MLP; a last layer to one logit is the head's."""
+
+    dropout: float = 0.0
+    """Share of each MLP layer's activations dropped in training."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self.dropout, hidden=self.hidden)
+
+    def ladder(self, k: float, along: Along) -> Self:
+        """Scale the MLP's widths, or its layers."""
+        return replace(self, hidden=wider_mlp(self.hidden, k) if along == "width" else deeper_mlp(self.hidden, k))
 
 
 class PairProducts(nn.Module):

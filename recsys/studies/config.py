@@ -1,9 +1,11 @@
-"""The config of a merge study. It imports no torch, so that help is instant."""
+"""The configs of a merge study and of an offline merge. They import no torch, so that help is instant."""
 
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from tyro.conf import Positional
 
 from recsys.config import nearest
 from recsys.place import Place
@@ -116,3 +118,34 @@ class MergeStudyConfig:
     def num_seeds(self, backbone: str) -> int:
         """Members of a backbone in the pool."""
         return self.more_seeds if backbone in self.more_seeds_of else self.seeds
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """What to merge."""
+
+    sources: Positional[tuple[Path, ...]]
+    """Run folders, or files of predictions (Parquet with row, label and a column of logits a member)."""
+    out: Path
+    """Run folder to make, or file of predictions where the sources are such files."""
+    rule: str | None = None
+    """How logits become one: mean_logit, mean_probability, confidence, weighted or stacked; without it, as in the first
+    run, or mean_logit."""
+    fit_on: tuple[Path, ...] = ()
+    """For files and the rules weighted and stacked: predictions on the validation rows, a file for each source, in the
+    order of the sources and with the same columns."""
+    data: Place | None = None
+    """For runs: the prepared folder that they were trained on, where it has moved; may be a URL."""
+
+    def __post_init__(self) -> None:
+        if self.rule is None:
+            return
+        from recsys.merge.rules import NAMES  # noqa: PLC0415  (help does not need it, and it imports torch)
+
+        if self.rule not in NAMES:
+            raise ValueError(f"unknown merge rule {self.rule!r}; {nearest(self.rule, NAMES)}")
+
+    @property
+    def of_files(self) -> bool:
+        """Whether files of predictions are merged, and not runs."""
+        return any(source.is_file() or source.suffix == ".parquet" for source in self.sources)

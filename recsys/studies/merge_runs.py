@@ -8,48 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from tyro.conf import Positional
 
-from recsys.config import InputError, load_file, nearest
+from recsys.config import InputError, load_file
 from recsys.data.multihot import MLPERF_SIZES
 from recsys.data.schema import Schema
 from recsys.distributed import World, on_first
 from recsys.members import MemberSpec, describe_member, renamed
-from recsys.merge.rules import NAMES
-from recsys.place import Place
+from recsys.studies.config import MergeConfig
 from recsys.training import checkpoint
 from recsys.training.config import TrainConfig
 from recsys.training.metrics import ClickMetrics
 from recsys.training.predictions import greedy_order, member_metrics, merge_for
 from recsys.training.run import RunFolder, data_facts, read_facts
 from recsys.training.trainer import Trainer
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeConfig:
-    """What to merge."""
-
-    sources: Positional[tuple[Path, ...]]
-    """Run folders, or files of predictions (Parquet with row, label and a column of logits a member)."""
-    out: Path
-    """Run folder to make, or file of predictions where the sources are such files."""
-    rule: str | None = None
-    """How logits become one: mean_logit, mean_probability, confidence, weighted or stacked; without it, as in the first
-    run, or mean_logit."""
-    fit_on: tuple[Path, ...] = ()
-    """For files and the rules weighted and stacked: predictions on the validation rows, a file for each source, in the
-    order of the sources and with the same columns."""
-    data: Place | None = None
-    """For runs: the prepared folder that they were trained on, where it has moved; may be a URL."""
-
-    def __post_init__(self) -> None:
-        if self.rule is not None and self.rule not in NAMES:
-            raise ValueError(f"unknown merge rule {self.rule!r}; {nearest(self.rule, NAMES)}")
-
-    @property
-    def of_files(self) -> bool:
-        """Whether files of predictions are merged, and not runs."""
-        return any(source.is_file() or source.suffix == ".parquet" for source in self.sources)
 
 
 def merge_runs(config: MergeConfig, world: World) -> dict[str, ClickMetrics] | None:

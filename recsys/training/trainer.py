@@ -153,9 +153,9 @@ class Trainer:
         self.pipeline.detach()
         return predict(self.task, [spec.name for spec in self.specs], loader.once(), self.world)
 
-    def load(self, path: Path, *, with_optimizer: bool = True) -> None:
+    def load(self, path: Path) -> None:
         """Load a checkpoint and go on at its step."""
-        self.step = checkpoint.load(path, self.task, self.optimizer if with_optimizer else None)
+        self.step = checkpoint.load(path, self.task, self.optimizer)
 
     def _by_name(self, values: list[float]) -> dict[str, float]:
         return dict(zip((spec.name for spec in self.specs), values, strict=True))
