@@ -16,6 +16,7 @@ from torch import nn
 
 from recsys.backbones import BACKBONES
 from recsys.config import InputError, dump, load, nearest
+from recsys.embeddings.config import EmbeddingConfig
 
 # Between the seeds of members of one backbone, so that jobs of seed 0, 1, 2, ... have no member in common.
 SEED_STRIDE = 1000
@@ -34,19 +35,15 @@ else:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(EmbeddingConfig):
     """What all members have, unless a member says otherwise."""
 
-    embedding_dim: int = 16
-    """Columns of every table; a multiple of 4."""
     embedding_dropout: float = 0.0
     """Share of embedding values that are dropped in training, before the backbone."""
     dense_hidden: tuple[int, ...] = (64,)
     """Hidden widths of the layers that turn the dense columns into one more field."""
     head_hidden: tuple[int, ...] = ()
     """Hidden widths between a backbone and its logit; Wukong and RankMixer gain by some."""
-    init_scale: float = 0.01
-    """Tables start uniform in [-init_scale, init_scale)."""
     tables: Literal["private", "shared"] = "private"
     """Whether each member has tables of its own; members that share tables are not independent."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -56,13 +53,9 @@ class ModelConfig:
     when a job starts on a GPU, and does not on a CPU, where it never paid."""
 
     def __post_init__(self) -> None:
-        if self.embedding_dim < 4 or self.embedding_dim % 4:
-            right = max(4, -(-self.embedding_dim // 4) * 4)
-            raise ValueError(f"embedding_dim {self.embedding_dim} must be a multiple of 4; {right} is")
+        super().__post_init__()
         if not 0 <= self.embedding_dropout < 1:
             raise ValueError(f"embedding_dropout {self.embedding_dropout} must lie in [0, 1)")
-        if not 0 < self.init_scale < math.inf:
-            raise ValueError(f"init_scale {self.init_scale} must be a finite number above 0")
         for name in ("dense_hidden", "head_hidden"):
             if any(width < 1 for width in getattr(self, name)):
                 raise ValueError(f"{name} {getattr(self, name)} must hold widths of at least 1")
@@ -190,7 +183,7 @@ def _check(members: list[MemberSpec]) -> None:
 
 
 def _check_shared(members: list[MemberSpec]) -> None:
-    for name in ("embedding_dim", "init_scale"):
+    for name in (field.name for field in dataclasses.fields(EmbeddingConfig)):
         values = {getattr(member.model, name) for member in members}
         if len(values) > 1:
             raise InputError(f"members that share tables need one {name}, not {', '.join(map(str, sorted(values)))}")

@@ -15,7 +15,9 @@ from recsys.config import InputError
 from recsys.data.batch import Batch
 from recsys.data.schema import Schema
 from recsys.distributed import on_first
-from recsys.embeddings.tables import TABLE_SEPARATOR, Tables
+from recsys.embeddings.config import Owner
+from recsys.embeddings.fields import Embeddings
+from recsys.embeddings.tables import TABLE_SEPARATOR
 from recsys.members import MemberSpec
 
 SHARED = "shared"
@@ -109,13 +111,13 @@ class RecModel(nn.Module):
         super().__init__()
         first = members[0]
         if first.model.tables == "shared":
-            owners = {SHARED: first}
-            self._owner_seeds = {SHARED: f"{first.seed}{TABLE_SEPARATOR}{SHARED}"}
+            owners = [Owner(name=SHARED, seed=f"{first.seed}{TABLE_SEPARATOR}{SHARED}", config=first.model)]
         else:
-            owners = {spec.name: spec for spec in members}
-            self._owner_seeds = {spec.name: f"{spec.seed}{TABLE_SEPARATOR}{spec.backbone}" for spec in members}
-        self.owners = owners
-        self.embedding = Tables(schema.sparse, {name: spec.model.embedding_dim for name, spec in owners.items()})
+            owners = [
+                Owner(name=spec.name, seed=f"{spec.seed}{TABLE_SEPARATOR}{spec.backbone}", config=spec.model)
+                for spec in members
+            ]
+        self.embedding = Embeddings(schema.sparse, owners)
         built = {}
         for spec in members:
             try:
@@ -136,15 +138,10 @@ class RecModel(nn.Module):
         """
         self.members.to(device)
         measure = self._batched == "auto" and device.type == "cuda"
-        dims = [spec.model.embedding_dim for spec in self.owners.values()]
+        dims = [owner.config.embedding_dim for owner in self.embedding.owners.values()]
         for group in self.members.groups:
             group.on = self._batched == "on"
             if measure:
                 fields = [torch.zeros(batch_size, self._num_sparse, d, device=device, requires_grad=True) for d in dims]
                 dense_BN = torch.zeros(batch_size, self._num_dense, device=device)
                 group.on = on_first(functools.partial(is_faster_together, group, self.members, fields, dense_BN))
-
-    def table_start(self, table: str) -> tuple[str, float]:
-        """What a table's initial values are drawn from: its owner's backbone and seed, its feature; and their scale."""
-        owner, feature = table.split(TABLE_SEPARATOR, maxsplit=1)
-        return f"{self._owner_seeds[owner]}{TABLE_SEPARATOR}{feature}", self.owners[owner].model.init_scale

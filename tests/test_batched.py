@@ -20,7 +20,8 @@ SCHEMA = Schema(name="toy", dense=("I1", "I2"), sparse={"a": 5, "b": 7, "c": 9},
 def fields_of(model: RecModel, requires_grad: bool = True) -> list[torch.Tensor]:
     torch.manual_seed(0)
     return [
-        torch.randn(BATCH, 3, spec.model.embedding_dim, requires_grad=requires_grad) for spec in model.owners.values()
+        torch.randn(BATCH, 3, owner.config.embedding_dim, requires_grad=requires_grad)
+        for owner in model.embedding.owners.values()
     ]
 
 

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from recsys.embeddings import init
+from recsys.embeddings.config import EmbeddingConfig, Owner
 from recsys.embeddings.init import fill_uniform, init_tables
 from recsys.embeddings.tables import FieldOrder, Tables
 from tests.batches import batch_of
@@ -21,7 +22,8 @@ B = 32
 
 @pytest.mark.parametrize("dims", [{"one": 4}, {"one": 4, "two": 8}])
 def test_tables_look_up_each_field_in_its_own_table(dims: dict[str, int]) -> None:
-    tables = Tables(SPARSE, dims).to_empty(device="cpu")
+    owners = [Owner(name=name, seed=name, config=EmbeddingConfig(embedding_dim=dim)) for name, dim in dims.items()]
+    tables = Tables(SPARSE, owners).to_empty(device="cpu")
     init_tables(tables, lambda table: (table, 1.0))
     ids = {name: torch.randint(num_ids, (B,)) for name, num_ids in SPARSE.items()}
     weights = tables.state_dict()
@@ -34,8 +36,8 @@ def test_tables_look_up_each_field_in_its_own_table(dims: dict[str, int]) -> Non
 
 @pytest.mark.parametrize("dim", [0, 2, 10])
 def test_a_dim_that_fbgemm_does_not_take_is_named(dim: int) -> None:
-    with pytest.raises(ValueError, match=f"embedding_dim {dim} of two must be a multiple of 4; {max(4, dim + 2)} is"):
-        Tables(SPARSE, {"one": 4, "two": dim})
+    with pytest.raises(ValueError, match=f"embedding_dim {dim} must be a multiple of 4; {max(4, dim + 2)} is"):
+        EmbeddingConfig(embedding_dim=dim)
 
 
 GROUPS, DIMS = [["u", "v", "w"], ["x", "y", "z"]], [4, 8]

@@ -48,7 +48,7 @@ def build(specs: Sequence[MemberSpec] = JOB, schema: Schema = SCHEMA) -> RecMode
     """A model on the CPU, not sharded, its tables filled."""
     model = RecModel(schema, specs)
     model.embedding.to_empty(device="cpu")
-    init_tables(model, model.table_start)
+    init_tables(model, model.embedding.table_start)
     return model
 
 
@@ -81,12 +81,17 @@ def test_tables_take_no_memory_until_they_are_sharded() -> None:
 def test_every_table_has_a_seed_of_its_own_that_no_other_member_changes() -> None:
     model = build()
     seeds = {
-        key: model.table_start(key)[0] for key in (f"{spec.name}/{name}" for spec in JOB for name in SCHEMA.sparse)
+        key: model.embedding.table_start(key)[0]
+        for key in (f"{spec.name}/{name}" for spec in JOB for name in SCHEMA.sparse)
     }
     assert len(set(seeds.values())) == len(seeds) == len(JOB) * len(SCHEMA.sparse)
     for spec in JOB:
         alone = build([spec])
-        assert all(alone.table_start(key)[0] == seed for key, seed in seeds.items() if key.startswith(f"{spec.name}/"))
+        assert all(
+            alone.embedding.table_start(key)[0] == seed
+            for key, seed in seeds.items()
+            if key.startswith(f"{spec.name}/")
+        )
 
 
 def test_init_tables_fills_all_tables_and_nothing_else() -> None:
@@ -94,7 +99,7 @@ def test_init_tables_fills_all_tables_and_nothing_else() -> None:
     before = parameters(model.members)
     for weight in model.embedding.parameters():
         nn.init.constant_(weight, math.nan)
-    init_tables(model, model.table_start)
+    init_tables(model, model.embedding.table_start)
     assert all(weight.isfinite().all() and weight.std() > 0.2 for weight in model.embedding.parameters())
     assert torch.equal(parameters(model.members), before)
 

@@ -8,6 +8,8 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from recsys.embeddings.config import Owner
+
 TABLE_SEPARATOR = "/"
 
 
@@ -16,28 +18,23 @@ class Tables(nn.Module):
 
     Args:
         sparse: feature to number of ids, in field order.
-        dims: owner to embedding dimension D. FBGEMM wants a multiple of 4.
+        owners: whose tables; each has an embedding dimension D of its own.
 
     Parameters stay on the meta device until the collection is sharded; `init.init_tables` then fills the shards.
     """
 
-    def __init__(self, sparse: Mapping[str, int], dims: Mapping[str, int]) -> None:
+    def __init__(self, sparse: Mapping[str, int], owners: Sequence[Owner]) -> None:
         super().__init__()
-        for owner, dim in dims.items():
-            if dim < 4 or dim % 4:
-                raise ValueError(
-                    f"embedding_dim {dim} of {owner} must be a multiple of 4; {max(4, -(-dim // 4) * 4)} is"
-                )
         self.tables = EmbeddingBagCollection(
             tables=[
                 EmbeddingBagConfig(
-                    name=f"{owner}{TABLE_SEPARATOR}{feature}",
+                    name=f"{owner.name}{TABLE_SEPARATOR}{feature}",
                     feature_names=[feature],
                     num_embeddings=num_ids,
-                    embedding_dim=dim,
+                    embedding_dim=owner.config.embedding_dim,
                     pooling=PoolingType.SUM,
                 )
-                for owner, dim in dims.items()
+                for owner in owners
                 for feature, num_ids in sparse.items()
             ],
             device=torch.device("meta"),
@@ -45,10 +42,13 @@ class Tables(nn.Module):
         # A feature that feeds one table gives a key of its own name, one that feeds several gives feature@table.
         self.fields = FieldOrder(
             groups=[
-                [feature if len(dims) == 1 else f"{feature}@{owner}{TABLE_SEPARATOR}{feature}" for feature in sparse]
-                for owner in dims
+                [
+                    feature if len(owners) == 1 else f"{feature}@{owner.name}{TABLE_SEPARATOR}{feature}"
+                    for feature in sparse
+                ]
+                for owner in owners
             ],
-            dims=list(dims.values()),
+            dims=[owner.config.embedding_dim for owner in owners],
         )
 
     def forward(self, ids: KeyedJaggedTensor) -> list[Tensor]:

@@ -40,7 +40,7 @@ class Trainer:
         # Tables are planned while they are on the meta device, take memory only as shards, and get their values only
         # then; which are data-parallel, and so in the dense optimizer, is known only after sharding.
         self.task, model, self.plan = shard(config, self.schema, self.specs, self.loader.local_batch_size, world)
-        init_tables(self.task, model.table_start)
+        init_tables(self.task, model.embedding.table_start)
         self.num_steps = loop.num_steps or loop.num_epochs * self.loader.steps_per_epoch
         self.optimizer = Optimizer(self.task, config.optimizer, self.num_steps, self.specs)
         self.members = model.members
