@@ -3,22 +3,19 @@
 Only what a verb needs is imported, so that help is instant: torch takes seconds.
 """
 
-import importlib
 import io
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stderr
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from recsys.config import InputError, load_file, nearest
+from recsys.config import InputError, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from recsys.training.config import TrainConfig
     from recsys.training.metrics import ClickMetrics
 
 T = TypeVar("T")
@@ -52,6 +49,7 @@ VERBS = {
     "merge": "make one run of the members of several, or one file of several files of predictions",
     "predict": "write predictions of a run, by all members, some, or as many as a time budget allows",
     "study": "experiments of many runs with a report: `recsys study --help`",
+    "plan": "where tables go on a cluster that need not be there: memory and step time; `recsys plan diff A B`",
     "backbones": "list the backbones, with parameters and FLOPs a row as they scale",
     "doctor": "check that the environment works, and say what mends it",
 }
@@ -201,7 +199,7 @@ def _data_show(arguments: list[str]) -> int:
 
 def _train(arguments: list[str]) -> int:
     _quieten_libraries()
-    from recsys.recipes import RECIPES
+    from recsys.recipes import RECIPES, find_recipe
     from recsys.training.config import TrainConfig
 
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -212,7 +210,7 @@ def _train(arguments: list[str]) -> int:
         print("\n`recsys train RECIPE --help` shows all options.")
         return 0 if arguments else 2
     recipe, *rest = arguments
-    config = _parse(TrainConfig, f"train {recipe}", rest, default=_recipe(recipe))
+    config = _parse(TrainConfig, f"train {recipe}", rest, default=find_recipe(recipe))
     from recsys.distributed import process_group
     from recsys.training.trainer import Trainer
 
@@ -223,30 +221,6 @@ def _train(arguments: list[str]) -> int:
     return 0
 
 
-def _recipe(name: str) -> "TrainConfig":
-    from recsys.recipes import RECIPES
-    from recsys.training.config import TrainConfig
-
-    if name in RECIPES:
-        return RECIPES[name]()
-    if name.endswith((".json", ".yaml", ".yml")):
-        return load_file(TrainConfig, Path(name))
-    if ":" in name:
-        module, function = name.split(":", maxsplit=1)
-        sys.path.insert(0, str(Path.cwd()))
-        try:
-            make = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
-            raise InputError(f"recipe {name!r}: {error}") from None
-        config = make()
-        if not isinstance(config, TrainConfig):
-            raise InputError(f"recipe {name!r} returns {type(config).__name__} instead of TrainConfig")
-        return config
-    raise InputError(
-        f"unknown recipe {name!r}; {nearest(name, RECIPES)} (or a config file, or package.module:function)"
-    )
-
-
 def _evaluate(arguments: list[str]) -> int:
     _quieten_libraries()
     from recsys.distributed import process_group
@@ -254,9 +228,11 @@ def _evaluate(arguments: list[str]) -> int:
 
     config = _parse(EvaluateConfig, "evaluate", arguments)
     with process_group() as world:
-        metrics = evaluate(config, world)
-    if metrics:
-        _print_metrics(f"{config.run}: {config.split}", metrics)
+        found = evaluate(config, world)
+    if found:
+        _print_metrics(f"{config.run}: {config.split}", found.metrics)
+        if found.tables:
+            print(found.tables)
     return 0
 
 
@@ -292,9 +268,38 @@ def _predict(arguments: list[str]) -> int:
         found = answer(config, world)
     if found:
         _print_metrics(f"{config.out}: {config.split}", found.metrics)
+        if found.tables:
+            print(found.tables)
         if found.timing:
             print(", ".join(f"{name} {value}" for name, value in found.timing.items()))
     return 0
+
+
+def _plan(arguments: list[str]) -> int:
+    from recsys.planning.config import DiffConfig, PlanConfig
+
+    if arguments[:1] == ["diff"]:
+        compared = _parse(DiffConfig, "plan diff", arguments[1:])
+        from recsys.planning.plan import diff
+
+        diff(compared)
+        return 0
+    recipe, rest = _named(arguments, PlanConfig, "plan")
+    config = _parse(PlanConfig, f"plan {recipe}", rest)
+    _quieten_libraries()
+    from recsys.planning.plan import plan
+
+    plan(recipe, config)
+    return 0
+
+
+def _named(arguments: list[str], kind: type, verb: str) -> tuple[str, list[str]]:
+    """The recipe that a verb's arguments begin with, and the others; help needs no recipe."""
+    if arguments[:1] in (["-h"], ["--help"]):
+        _parse(kind, f"{verb} RECIPE", arguments)
+    if not arguments or arguments[0].startswith("-"):
+        raise InputError(f"{verb}: name a RECIPE first, as after `recsys train`")
+    return arguments[0], arguments[1:]
 
 
 def _study(arguments: list[str]) -> int:
@@ -304,16 +309,13 @@ def _study(arguments: list[str]) -> int:
 def _study_merge(arguments: list[str]) -> int:
     from recsys.studies.config import MergeStudyConfig
 
-    if arguments[:1] in (["-h"], ["--help"]):
-        _parse(MergeStudyConfig, "study merge RECIPE", arguments)
-    if not arguments or arguments[0].startswith("-"):
-        raise InputError("study merge: name a RECIPE first, as after `recsys train`")
-    recipe, *rest = arguments
+    recipe, rest = _named(arguments, MergeStudyConfig, "study merge")
     config = _parse(MergeStudyConfig, f"study merge {recipe}", rest)
     _quieten_libraries()
+    from recsys.recipes import find_recipe
     from recsys.studies.merge_study import merge_study
 
-    merge_study(config, _recipe(recipe))
+    merge_study(config, find_recipe(recipe))
     return 0
 
 

@@ -67,14 +67,22 @@ def load(kind: type[T], values: Any, where: str = "config") -> T:
 
 def load_file(kind: type[T], path: Path) -> T:
     """Read a config from a `.json`, `.yaml` or `.yml` file; see `load`."""
+    return load(kind, read_values(path), str(path))
+
+
+def read_values(path: Path) -> Any:
+    """Read plain values from a `.json`, `.yaml` or `.yml` file.
+
+    Raises:
+        InputError: the file cannot be read, or is not what its name says.
+    """
     try:
         text = path.read_text()
-        values = _parse_yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+        return _parse_yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
     except OSError as error:
         raise InputError(f"{path}: cannot read it ({error.strerror})") from None
     except ValueError as error:
         raise InputError(f"{path}: not {path.suffix.lstrip('.') or 'JSON'}: {error}") from None
-    return load(kind, values, str(path))
 
 
 def _parse_yaml(text: str) -> Any:

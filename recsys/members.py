@@ -61,7 +61,7 @@ class ModelConfig(EmbeddingConfig):
                 raise ValueError(f"{name} {getattr(self, name)} must hold widths of at least 1")
 
 
-OF_THE_JOB = ("tables", "precision", "batched")
+OF_THE_JOB = ("tables", "precision", "batched", "stochastic_rounding")
 """Fields of ModelConfig that no member can have otherwise than the others."""
 
 

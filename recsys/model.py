@@ -104,7 +104,7 @@ class RecModel(nn.Module):
         members: see `parse_members`. Whether they share tables, and their precision, are those of the first.
 
     Raises:
-        InputError: a width that cannot work, naming member and field.
+        InputError: a width that cannot work, naming member and field; raw ids, and embeddings that need others.
     """
 
     def __init__(self, schema: Schema, members: Sequence[MemberSpec]) -> None:
@@ -117,6 +117,13 @@ class RecModel(nn.Module):
                 Owner(name=spec.name, seed=f"{spec.seed}{TABLE_SEPARATOR}{spec.backbone}", config=spec.model)
                 for spec in members
             ]
+        for owner in owners:
+            if schema.raw and owner.config.embeddings != "dynamic":
+                raise InputError(
+                    f"ids of feature {schema.raw[0]} are raw, any 64 bits, which embeddings "
+                    f"{owner.config.embeddings!r} of {owner.name} have no vectors for; use --embeddings dynamic, or "
+                    "data that was prepared with --vocabulary count"
+                )
         self.embedding = Embeddings(schema.sparse, owners)
         built = {}
         for spec in members:

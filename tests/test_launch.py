@@ -1,6 +1,5 @@
 """The torchx component, rendered and run."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from launchers.train import ddp
+from recsys.sharding.plan import Plan
 from tests.distributed.jobs import free_port
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-OPTIONS = ["--members", "dcnv2", "--train.num-steps", "4", "--train.batch-size", "64", "--train.sharding", "table_wise"]
+OPTIONS = ["--members", "dcnv2", "--train.num-steps", "4", "--train.batch-size", "64", "--sharding.types", "table_wise"]
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -54,8 +54,8 @@ def test_torchx_trains_on_two_processes_of_this_machine(prepared: Path, tmp_path
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "SUCCEEDED" in done.stderr
-    plan = json.loads((out / "plan.json").read_text())
-    assert {rank for table in plan.values() for rank in table["ranks"]} == {0, 1}
+    plan = Plan.load(out / "plan.json")
+    assert {rank for table in plan.tables.values() for rank in table.ranks} == {0, 1}
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000004"]
 
 

@@ -6,11 +6,17 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.embeddings.config import Owner
+from recsys.embeddings.dynamic import Dynamic
+from recsys.embeddings.robe import Robe
 from recsys.embeddings.tables import TABLE_SEPARATOR, Tables
 
 # A kind is made of features with their numbers of ids, in field order, and of the owners that have it. Its forward
 # takes ids and gives one x_BFD an owner, fields in schema order.
-KINDS: dict[str, Callable[[Mapping[str, int], Sequence[Owner]], nn.Module]] = {"tables": Tables}
+KINDS: dict[str, Callable[[Mapping[str, int], Sequence[Owner]], nn.Module]] = {
+    "tables": Tables,
+    "dynamic": Dynamic,
+    "robe": Robe,
+}
 
 
 class Embeddings(nn.Module):

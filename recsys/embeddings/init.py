@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-CHUNK_ELEMENTS = 1 << 22
+# Values that are drawn at once. On a CPU what is computed on the way to them stays in a cache: a tenth of the time that
+# it takes from memory. A GPU wants many.
+CHUNK_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 22}
 
 
 @torch.no_grad()
@@ -38,16 +40,22 @@ def init_tables(module: nn.Module, start: Callable[[str], tuple[str, float]]) ->
 
 def fill_uniform(shard: Tensor, seed: str, scale: float, *, first: tuple[int, int], num_columns: int) -> None:
     """Fill `shard`, whose corner is element `first` of a table that is `num_columns` wide, in bounded memory."""
+    step = max(CHUNK_ELEMENTS[shard.device.type] // max(shard.size(1), 1), 1)
+    for begin in range(0, shard.size(0), step):
+        rows = torch.arange(begin, min(begin + step, shard.size(0)), device=shard.device)
+        fill_rows(shard, rows, seed, scale, first=first, num_columns=num_columns)
+
+
+def fill_rows(
+    shard: Tensor, rows: Tensor, seed: str, scale: float, *, first: tuple[int, int], num_columns: int
+) -> None:
+    """Fill some rows of `shard`, counted from its own first one, as `fill_uniform` does all."""
     key = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], signed=True)
     columns = torch.arange(first[1], first[1] + shard.size(1), device=shard.device)
-    step = max(CHUNK_ELEMENTS // max(shard.size(1), 1), 1)
-    for begin in range(0, shard.size(0), step):
-        end = min(begin + step, shard.size(0))
-        rows = torch.arange(first[0] + begin, first[0] + end, device=shard.device)
-        bits = _splitmix64(rows[:, None] * num_columns + columns + key)
-        # 24 bits are what a float32 in [0, 1) holds.
-        unit = _shift_right(bits, 40).to(torch.float32) * 2.0**-24
-        shard[begin:end] = (unit * 2 - 1).mul_(scale).to(shard.dtype)
+    bits = _splitmix64((rows[:, None] + first[0]) * num_columns + columns + key)
+    # 24 bits are what a float32 in [0, 1) holds.
+    unit = _shift_right(bits, 40).to(torch.float32) * 2.0**-24
+    shard[rows] = (unit * 2 - 1).mul_(scale).to(shard.dtype)
 
 
 def _splitmix64(word: Tensor) -> Tensor:

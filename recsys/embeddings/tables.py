@@ -8,9 +8,9 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from recsys.embeddings.config import Owner
-
-TABLE_SEPARATOR = "/"
+from recsys.embeddings.bounds import IdBounds
+from recsys.embeddings.config import TABLE_SEPARATOR, Owner
+from recsys.embeddings.precision import DATA_TYPES
 
 
 class Tables(nn.Module):
@@ -25,6 +25,7 @@ class Tables(nn.Module):
 
     def __init__(self, sparse: Mapping[str, int], owners: Sequence[Owner]) -> None:
         super().__init__()
+        self.bounds = IdBounds(sparse)
         self.tables = EmbeddingBagCollection(
             tables=[
                 EmbeddingBagConfig(
@@ -33,6 +34,8 @@ class Tables(nn.Module):
                     num_embeddings=num_ids,
                     embedding_dim=owner.config.embedding_dim,
                     pooling=PoolingType.SUM,
+                    data_type=DATA_TYPES[owner.config.table_dtype],
+                    init_fn=leave,
                 )
                 for owner in owners
                 for feature, num_ids in sparse.items()
@@ -52,8 +55,18 @@ class Tables(nn.Module):
         )
 
     def forward(self, ids: KeyedJaggedTensor) -> list[Tensor]:
-        """Look up ids: one x_BFD an owner, fields in schema order."""
+        """Look up ids: one x_BFD an owner, fields in schema order.
+
+        Raises:
+            InputError: an id without a row, see `bounds`.
+        """
+        self.bounds(ids)
         return self.fields(self.tables(ids))
+
+
+def leave(weight: Tensor) -> Tensor:
+    """Initial values that change nothing: else TorchRec would draw all values of a table before `init_tables` does."""
+    return weight
 
 
 class FieldOrder(nn.Module):

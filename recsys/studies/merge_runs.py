@@ -14,6 +14,7 @@ from recsys.data.multihot import MLPERF_SIZES
 from recsys.data.schema import Schema
 from recsys.distributed import World, on_first
 from recsys.members import MemberSpec, describe_member, renamed
+from recsys.sharding.plan import Plan
 from recsys.studies.config import MergeConfig
 from recsys.training import checkpoint
 from recsys.training.config import TrainConfig
@@ -49,7 +50,7 @@ def merge_runs(config: MergeConfig, world: World) -> dict[str, ClickMetrics] | N
         partial.mkdir(parents=True)
         run.describe(merged, trainer.schema, trainer.plan)
     dist.barrier()
-    checkpoint.save(run.checkpoints, trainer.step, trainer.task, trainer.optimizer, run.config)
+    checkpoint.save(run.checkpoints, trainer.step, trainer.task, trainer.optimizer, [run.config, run.plan])
     if predictions:
         merge = merge_for(merged.merge, predictions)
         run.save_merge(merge, greedy_order(predictions), trainer.step)
@@ -102,6 +103,8 @@ def _plan(config: MergeConfig) -> tuple[TrainConfig, list[tuple[Path, dict[str, 
         loss="independent",
         merge=config.rule or first.config.merge,
         resume=False,
+        # What a run says of single tables is of other tables than these.
+        sharding=replace(first.config.sharding, plan=None, constraints=()),
     )
     try:
         config.out.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -160,28 +163,39 @@ def _check_alike(first: _Source, source: _Source) -> None:
         )
     if source.config.model.tables == "shared":
         raise InputError(f"{source.path}: its members share tables; only members with private tables can join others")
+    if any(spec.model.embeddings == "dynamic" for spec in source.config.specs()):
+        raise InputError(
+            f"{source.path}: its members have dynamic embeddings, and which id has which row is every run's own; merge "
+            "files of predictions instead"
+        )
     if source.config.loss == "joint" and len(source.config.specs()) > 1:
         raise InputError(
             f"{source.path}: its members were trained by one joint loss, so each is right only beside the others; "
             "only members with a loss of their own can join others"
         )
-    found = _of_all_members(source.config)
-    for name, wanted in _of_all_members(first.config).items():
+    found = _of_all_members(source)
+    for name, wanted in _of_all_members(first).items():
         if wanted != found[name]:
             raise InputError(
                 f"{source.path} has {name} {found[name]}, {first.path} has {wanted}; a run has one for all members"
             )
 
 
-def _of_all_members(config: TrainConfig) -> dict[str, Any]:
+def _of_all_members(source: _Source) -> dict[str, Any]:
     """What members cannot have each for itself, and that changes what they are or which ids they see."""
+    config, plan = source.config, Plan.load(source.run.plan)
     loader = config.loader
+    if 0 < len(plan.replicated) < len(plan.tables):
+        raise InputError(
+            f"{source.path}: table {plan.replicated[0]} is data_parallel and others are not, so their optimizer "
+            "state is kept apart; only runs in which all tables are, or none, can be merged"
+        )
     ids_added = loader.multi_hot != "none"
     return {
         "model.precision": config.model.precision,
         "optimizer.tables": config.optimizer.tables,
         "optimizer.table_eps": config.optimizer.table_eps,
-        "data-parallel tables": config.train.sharding == "data_parallel",
+        "data-parallel tables": bool(plan.replicated),
         "loader.multi_hot": loader.multi_hot,
         "loader.multi_hot_sizes": (loader.multi_hot_sizes or MLPERF_SIZES) if ids_added else (),
         "loader.seed": loader.seed if ids_added else None,

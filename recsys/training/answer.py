@@ -1,13 +1,14 @@
 """`recsys predict`: a file of predictions, of all members of a run, of some, or of as many as a time budget allows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from recsys.config import InputError, load_file, nearest
 from recsys.distributed import World, on_first
+from recsys.embeddings.quantised import TableBytes
 from recsys.merge.rules import Merge
 from recsys.training import checkpoint
 from recsys.training.budget import Answers, Timed
@@ -27,6 +28,8 @@ class Answer:
     """Of each member on the rows that it answered, and of the merge on all."""
     timing: dict[str, object] | None
     """See `Answers.facts`; None without a budget."""
+    tables: TableBytes | None
+    """Where tables were quantised."""
 
 
 def answer(config: PredictConfig, world: World) -> Answer | None:
@@ -45,21 +48,31 @@ def answer(config: PredictConfig, world: World) -> Answer | None:
             raise InputError(f"--budget is for one process, and this job has {world.size}; start it without torchrun")
         members = [_predictor(config, world, [name]) for name in names]
         merge, facts = members[0].merge(names), members[0].facts(config.split)
+        tables = _quantised(members, config.tables)
         predictions, timing = Timed(members, config.budget_ms).predict(config.split)
     else:
         predictor = _predictor(config, world, names)
         merge, facts = predictor.merge(), predictor.facts(config.split)
+        tables = _quantised([predictor], config.tables)
         predictions = predictor.predict(config.split)
     if predictions is None:
         return None
     merged = merge_answers(predictions, merge)
-    predictions.save(config.out, facts, merged)
+    predictions.save(config.out, facts | ({"tables": tables.dtype} if tables else {}), merged)
     metrics = metrics_of(predictions, merged, ~np.isnan(predictions.logits_NM))
-    return Answer(metrics, timing.facts() if timing else None)
+    return Answer(metrics, timing.facts() if timing else None, tables)
 
 
 def _predictor(config: PredictConfig, world: World, members: Sequence[str]) -> Predictor:
     return Predictor(config.run, world, members, config.data, config.batch_size)
+
+
+def _quantised(predictors: Sequence[Predictor], dtype: str | None) -> TableBytes | None:
+    """Quantise the tables of all predictors, whose merge was fitted before; bytes of all of them."""
+    if dtype is None:
+        return None
+    sizes = [predictor.quantise(dtype) for predictor in predictors]
+    return replace(sizes[0], before=sum(each.before for each in sizes), after=sum(each.after for each in sizes))
 
 
 def _members(run: RunFolder, config: PredictConfig) -> list[str]:

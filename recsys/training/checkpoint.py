@@ -11,7 +11,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from recsys.embeddings.dynamic_resize import load_resized, put_back
 from recsys.embeddings.tables import TABLE_SEPARATOR
+from recsys.training.chunks import in_chunks
 from recsys.training.optim import MEMBER, TABLE, Optimizer
 
 NAME = re.compile(r"step-(\d+)")
@@ -19,8 +21,8 @@ NAME = re.compile(r"step-(\d+)")
 _OWNER = re.compile(rf"(?:{re.escape(MEMBER)}|{re.escape(TABLE)}|^(?=\w+{TABLE_SEPARATOR}))(?P<name>\w+)")
 
 
-def save(folder: Path, step: int, model: DistributedModelParallel, optimizer: Optimizer, config: Path) -> Path:
-    """Write model, optimizers, step and a copy of the file `config` as `folder/step-N` from all ranks.
+def save(folder: Path, step: int, model: DistributedModelParallel, optimizer: Optimizer, files: Sequence[Path]) -> Path:
+    """Write model, optimizers, step and copies of `files` as `folder/step-N` from all ranks.
 
     The name appears when all of it is there. Ranks on several machines need `folder` on a disk that they share.
     """
@@ -30,10 +32,11 @@ def save(folder: Path, step: int, model: DistributedModelParallel, optimizer: Op
         shutil.rmtree(partial, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    dcp.save(_state(model, optimizer, step), checkpoint_id=str(partial))
+    dcp.save(in_chunks(_state(model, optimizer, step)), checkpoint_id=str(partial))
     dist.barrier()
     if dist.get_rank() == 0:
-        shutil.copy(config, partial / "config.json")
+        for file in files:
+            shutil.copy(file, partial / file.name)
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
     dist.barrier()
@@ -53,10 +56,14 @@ def step_of(path: Path) -> int:
 def load(path: Path, model: DistributedModelParallel, optimizer: Optimizer | None = None) -> int:
     """Load a checkpoint into a model that may be sharded otherwise and over other ranks; returns its step.
 
+    Dynamic tables may have other numbers of rows.
+
     Without `optimizer`, the state of optimizers is left where it is.
     """
     state = _state(model, optimizer, 0)
+    loaded = load_resized(path, state, model)
     dcp.load(state, checkpoint_id=str(path))
+    put_back(state, loaded)
     model.load_state_dict(state["model"])
     if optimizer is not None:
         optimizer.combined.load_state_dict(state["optimizer"])

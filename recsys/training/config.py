@@ -7,10 +7,10 @@ from typing import Literal
 
 from recsys.config import InputError, nearest
 from recsys.data.loader import LoaderConfig
-from recsys.embeddings.sharding import ShardingType
 from recsys.members import BackboneConfigs, MemberSpec, ModelConfig, parse_members
 from recsys.merge.rules import NAMES
 from recsys.place import Place
+from recsys.sharding.config import ShardingConfig
 from recsys.training.optim import OptimizerConfig
 
 
@@ -30,8 +30,6 @@ class LoopConfig:
     """Steps between passes over the validation rows; there is always one at the end."""
     save_every: int | None = None
     """Steps between checkpoints; there is always one at the end."""
-    sharding: ShardingType = "auto"
-    """Sharding type of all tables; auto lets the planner choose."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_epochs", "num_steps", "log_every", "validate_every", "save_every"):
@@ -65,6 +63,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
 
     def __post_init__(self) -> None:
         if self.merge not in NAMES:
@@ -77,7 +76,7 @@ class TrainConfig:
 
 
 # What a resumed run may do otherwise: how long it goes on, what it reports and where it stands.
-MAY_CHANGE = {"data", "out", "resume", "train"}
+MAY_CHANGE = {"data", "out", "resume", "train", "sharding"}
 
 
 def check_same_job(before: TrainConfig, now: TrainConfig) -> None:
@@ -89,15 +88,10 @@ def check_same_job(before: TrainConfig, now: TrainConfig) -> None:
     fields = {f.name: (getattr(before, f.name), getattr(now, f.name)) for f in dataclasses.fields(now)}
     fields = {name: values for name, values in fields.items() if name not in MAY_CHANGE}
     fields["batch_size"] = (before.train.batch_size, now.train.batch_size)
-    fields["model"] = (before.model, replace(now.model, batched=before.model.batched))
+    fields["model"] = (before.model, replace(now.model, batched=before.model.batched, rows=before.model.rows))
     fields["loader"] = (before.loader, replace(now.loader, workers=before.loader.workers))
     for name, (old, new) in fields.items():
         if old != new:
             raise InputError(
                 f"{now.out}: cannot go on with {name} {new}, the run has {old}; name another --out to start a new run"
             )
-    if (before.train.sharding == "data_parallel") != (now.train.sharding == "data_parallel"):
-        raise InputError(
-            f"{now.out}: cannot go on with sharding {now.train.sharding} from {before.train.sharding}: data-parallel "
-            "tables keep their optimizer state elsewhere"
-        )

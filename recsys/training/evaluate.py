@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import polars as pl
 from tyro.conf import Positional
@@ -12,6 +12,8 @@ from recsys.config import InputError, write_whole
 from recsys.data.schema import SPLITS
 from recsys.data.split import split_of
 from recsys.distributed import World
+from recsys.embeddings.config import served_dtype
+from recsys.embeddings.quantised import TableBytes
 from recsys.place import Place
 from recsys.training.metrics import ClickMetrics, click_metrics
 from recsys.training.predict import Predictor
@@ -34,10 +36,26 @@ class EvaluateConfig:
     """FILE.truth.parquet of `recsys synth`: adds the row of the best possible predictions."""
     json: Path | None = None
     """Also write the metrics to this file."""
+    tables: str | None = None
+    """Quantise tables row by row before predicting: fp32, fp16, int8, int4 or int2."""
+
+    def __post_init__(self) -> None:
+        if self.tables is not None:
+            served_dtype(self.tables)
 
 
-def evaluate(config: EvaluateConfig, world: World) -> dict[str, ClickMetrics] | None:
-    """Metrics of each member, of their merge and of the truth if given; None on ranks other than 0.
+@dataclass(frozen=True)
+class Evaluation:
+    """What a run is worth."""
+
+    metrics: dict[str, ClickMetrics]
+    """Of each member, of their merge, and of the truth if given."""
+    tables: TableBytes | None
+    """Where tables were quantised."""
+
+
+def evaluate(config: EvaluateConfig, world: World) -> Evaluation | None:
+    """Evaluate the members of a run and their merge; None on ranks other than 0.
 
     Raises:
         InputError: no run, no checkpoint, or data that does not fit it.
@@ -45,7 +63,8 @@ def evaluate(config: EvaluateConfig, world: World) -> dict[str, ClickMetrics] | 
     if config.json and not config.json.absolute().parent.is_dir():
         raise InputError(f"--json {config.json}: no such folder to write it to")
     predictor = Predictor(config.run, world, data=config.data)
-    merge = predictor.merge()
+    merge = predictor.merge()  # of the members as they were trained, where it is fitted only now
+    tables = predictor.quantise(config.tables) if config.tables else None
     predictions = predictor.predict(config.split)
     if predictions is None:
         return None
@@ -53,10 +72,12 @@ def evaluate(config: EvaluateConfig, world: World) -> dict[str, ClickMetrics] | 
     if config.truth:
         metrics[BAYES_OPTIMAL] = bayes_optimal(config.truth, predictor.config.data, config.split, predictions)
     if config.json:
-        values = {"run": str(config.run), "split": config.split, "step": predictor.step}
+        values: dict[str, Any] = {"run": str(config.run), "split": config.split, "step": predictor.step}
+        if tables:
+            values["tables"] = asdict(tables)
         values["metrics"] = {name: asdict(member) for name, member in metrics.items()}
         write_whole(config.json, json.dumps(values, indent=2) + "\n")
-    return metrics
+    return Evaluation(metrics, tables)
 
 
 def bayes_optimal(truth: Path, data: Path, split: str, predictions: Predictions) -> ClickMetrics:

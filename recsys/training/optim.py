@@ -12,9 +12,9 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimiz
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from recsys.embeddings.sharding import TableOptimizer
 from recsys.embeddings.tables import TABLE_SEPARATOR
 from recsys.members import MemberSpec
+from recsys.sharding.torchrec import TableOptimizer
 
 # What stands before a table's and a member's name in the name of a parameter.
 TABLE, MEMBER = "embedding_bags.", ".by_name."

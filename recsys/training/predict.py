@@ -11,7 +11,10 @@ from recsys.config import InputError, load_file, nearest
 from recsys.data.batch import Batch, to_device
 from recsys.data.loader import Loader
 from recsys.data.schema import Schema
-from recsys.distributed import World, gather_to_first, on_every, on_first
+from recsys.distributed import World, gather_to_first, mean_over_ranks, on_every, on_first
+from recsys.embeddings.config import served_dtype
+from recsys.embeddings.precision import for_inference
+from recsys.embeddings.quantised import TableBytes, quantise_tables
 from recsys.members import MemberSpec
 from recsys.merge.rules import FITTED, Merge
 from recsys.tasks.click import Outputs
@@ -48,13 +51,16 @@ class Predictor:
         self.run = RunFolder.existing(path)
         config = load_file(TrainConfig, self.run.config)
         loop = replace(config.train, batch_size=batch_size or config.train.batch_size)
-        self.config = replace(config, data=data or config.data, train=loop)
+        # A pinned plan, and constraints, are for all members on the ranks that trained them.
+        sharding = replace(config.sharding, plan=None, constraints=(), replicas=1)
+        self.config = replace(config, data=data or config.data, train=loop, sharding=sharding)
         self.schema = on_every(lambda: Schema.load(self.config.data))
         self.run.check_schema(self.schema)
         newest = on_first(lambda: checkpoint.newest(self.run.checkpoints))
         if newest is None:
             raise InputError(f"{self.run.checkpoints}: no checkpoint in it; the run has not saved one yet")
-        self.specs = [self._spec(name) for name in members] if members else list(self.config.specs())
+        specs = [self._spec(name) for name in members] if members else self.config.specs()
+        self.specs = [replace(spec, model=for_inference(spec.model, world.device)) for spec in specs]
         local_batch_size = max(self.config.train.batch_size // world.size, 1)
         self.task, _, _ = shard(self.config, self.schema, self.specs, local_batch_size, world)
         self.step = checkpoint.load(newest, self.task)
@@ -92,6 +98,18 @@ class Predictor:
             predictions = self.predict("valid")
             saved = on_first(lambda: self._fit(predictions))
         return saved[0].subset([everyone.index(name) for name in members or self.names])
+
+    def quantise(self, dtype: str) -> TableBytes:
+        """Quantise the tables for all that is predicted from now on; bytes of them over all ranks.
+
+        Raises:
+            ValueError: no such dtype.
+            InputError: tables that cannot be quantised.
+        """
+        mine = quantise_tables(self.task, served_dtype(dtype))
+        both = mean_over_ranks(torch.tensor([mine.before, mine.after], dtype=torch.float64)) * self.world.size
+        before, after = (round(value) for value in both.tolist())
+        return replace(mine, before=before, after=after)
 
     def _fit(self, predictions: Predictions | None) -> tuple[Merge, list[str]]:
         assert predictions is not None, "rank 0 has them"

@@ -7,6 +7,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from recsys.embeddings.config import served_dtype
 from recsys.place import Place
 
 _BUDGET = re.compile(r"(?P<time>\d+(?:\.\d+)?)(?P<unit>us|ms|s)")
@@ -31,8 +32,12 @@ class PredictConfig:
     """Time for a batch, such as 3ms: members are asked one after another while it lasts."""
     batch_size: int | None = None
     """Rows of a batch; that of training when not given."""
+    tables: str | None = None
+    """Quantise tables row by row before predicting: fp32, fp16, int8, int4 or int2."""
 
     def __post_init__(self) -> None:
+        if self.tables is not None:
+            served_dtype(self.tables)
         if self.budget is not None and not (_BUDGET.fullmatch(self.budget) and self.budget_ms > 0):
             raise ValueError(f"budget {self.budget!r} is no time above 0; write 3ms, 500us or 1s")
         if self.batch_size is not None and self.batch_size < 1:

@@ -12,6 +12,7 @@ from recsys.config import InputError, dump, write_whole
 from recsys.data.manifest import MANIFEST
 from recsys.data.schema import Schema
 from recsys.merge.rules import Merge
+from recsys.sharding.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class RunFolder:
         return self.path / "data.json"
 
     @property
+    def plan(self) -> Path:
+        """Where tables live, as the run was last started."""
+        return self.path / "plan.json"
+
+    @property
     def merge(self) -> Path:
         """The merge as it was last fitted, and the order in which greedy selection takes the members."""
         return self.path / "merge.json"
@@ -67,12 +73,12 @@ class RunFolder:
         """Folder of checkpoints."""
         return self.path / "checkpoints"
 
-    def describe(self, config: Any, schema: Schema, plan: Mapping[str, Any]) -> None:
+    def describe(self, config: Any, schema: Schema, plan: Plan) -> None:
         """Write what is known before the first step; `config.json` last, since it marks the folder as taken."""
         schema.save(self.path)
         if not self.data.exists():
             write_whole(self.data, json.dumps(data_facts(config.data), indent=2) + "\n")
-        write_whole(self.path / "plan.json", json.dumps(plan, indent=2) + "\n")
+        plan.save(self.plan)
         write_whole(self.config, json.dumps(dump(config), indent=2) + "\n")
 
     def save_merge(self, merge: Merge, order: Sequence[str], step: int) -> None:

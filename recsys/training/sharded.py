@@ -1,20 +1,26 @@
 """A run's task, sharded over the ranks of a job, and the loaders that go with it."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torchrec.distributed.model_parallel import DistributedModelParallel
+import torch.distributed as dist
+from torchrec.distributed.model_parallel import DistributedModelParallel, DMPCollection
 
 from recsys.data.loader import Loader
 from recsys.data.schema import Schema
-from recsys.distributed import World, on_every
-from recsys.embeddings.sharding import TableSharder, allowed_types, describe_plan, make_plan
+from recsys.distributed import World, on_every, on_first
+from recsys.embeddings.precision import check_precision, check_replicated, fused_params
 from recsys.members import MemberSpec
 from recsys.model import RecModel
+from recsys.sharding.here import cluster_here
+from recsys.sharding.make import cost_model, make_plan
+from recsys.sharding.plan import Plan
+from recsys.sharding.torchrec import TableSharder, check_device, comm_codecs, sharding_plan
 from recsys.tasks.click import ClickTask
 from recsys.training.config import TrainConfig
 from recsys.training.optim import own_table_lrs
+from recsys.training.workload import workload
 
 
 class Sharded(NamedTuple):
@@ -22,7 +28,7 @@ class Sharded(NamedTuple):
 
     task: DistributedModelParallel
     model: RecModel
-    plan: dict[str, dict[str, Any]]
+    plan: Plan
 
 
 def shard(
@@ -35,24 +41,41 @@ def shard(
     """
     torch.manual_seed(config.seed)
     optimizer = config.optimizer.table_optimizer
+    embeddings = [spec.model for spec in members]
+    check_precision(embeddings, world.device)
     model = RecModel(schema, members)
     model.choose(local_batch_size, world.device)
     own_table_lrs(model.embedding, members)
-    sharder = TableSharder(fused_params=optimizer.fused_params)
-    task = ClickTask(model, config.loss)
-    plan = make_plan(
-        task,
-        sharder,
-        allowed=allowed_types(config.train.sharding, optimizer, world.device),
-        local_batch_size=local_batch_size,
-        device=world.device,
-        local_world_size=world.local_size,
+    check_device(config.sharding, world.device)
+    work = workload(config, schema, model)
+    cluster = cluster_here(config.sharding.hardware, world.device, world.size, world.local_size)
+    plan = on_first(lambda: make_plan(cost_model(work, cluster, config.sharding), config.sharding))
+    check_replicated({name: table.sharding_type for name, table in plan.tables.items()}, model.embedding.owners)
+    sharder = TableSharder(
+        fused_params=fused_params(optimizer.fused_params, embeddings, world.device),
+        qcomm_codecs_registry=comm_codecs(config.sharding, world.device),
     )
+    return Sharded(_distribute(ClickTask(model, config.loss), plan, sharder, world), model, plan)
+
+
+def _distribute(task: ClickTask, plan: Plan, sharder: TableSharder, world: World) -> DistributedModelParallel:
+    words = sharding_plan(plan, task, world.device)
+    if plan.replicas > 1:
+        return DMPCollection(
+            task,
+            device=world.device,
+            plan=words,
+            world_size=world.size,
+            sharding_group_size=plan.world_size,
+            global_pg=dist.GroupMember.WORLD,
+            node_group_size=plan.ranks_per_node,
+            sharders=[sharder],
+            use_inter_host_allreduce=world.size > world.local_size,
+        )
     # On one rank there are no gradients to average, and members lie on the device already (`choose`).
-    sharded = DistributedModelParallel(
-        task, device=world.device, plan=plan, sharders=[sharder], init_data_parallel=world.size > 1
+    return DistributedModelParallel(
+        task, device=world.device, plan=words, sharders=[sharder], init_data_parallel=world.size > 1
     )
-    return Sharded(sharded, model, describe_plan(plan))
 
 
 def held_out(config: TrainConfig, split: str, world: World) -> Loader:

@@ -15,8 +15,10 @@ from recsys.data.batch import Batch
 from recsys.data.loader import Loader
 from recsys.data.schema import Schema
 from recsys.distributed import World, mean_over_ranks, on_every, on_first
+from recsys.embeddings.dynamic_rows import connect
 from recsys.embeddings.init import init_tables
 from recsys.progress import progress
+from recsys.sharding.plan import Plan
 from recsys.tasks.click import Outputs
 from recsys.training import checkpoint
 from recsys.training.config import TrainConfig, check_same_job
@@ -43,6 +45,7 @@ class Trainer:
         init_tables(self.task, model.embedding.table_start)
         self.num_steps = loop.num_steps or loop.num_epochs * self.loader.steps_per_epoch
         self.optimizer = Optimizer(self.task, config.optimizer, self.num_steps, self.specs)
+        connect(self.task, model.embedding, self.task.fused_optimizer.state_dict()["state"])
         self.members = model.members
         self.pipeline = TrainPipelineSparseDist(self.task, self.optimizer.combined, world.device)
         self.step = 0
@@ -80,7 +83,7 @@ class Trainer:
                     started, window = now, self.step
                 advance(loop.batch_size, note)
                 if is_last or (loop.save_every and self.step % loop.save_every == 0):
-                    checkpoint.save(run.checkpoints, self.step, self.task, self.optimizer, run.config)
+                    checkpoint.save(run.checkpoints, self.step, self.task, self.optimizer, [run.config, run.plan])
                 if not is_last and loop.validate_every and self.step % loop.validate_every == 0:
                     self._validate(run, write)
                     started, window = time.perf_counter(), self.step
@@ -107,6 +110,7 @@ class Trainer:
         if newest:
             before = load_file(TrainConfig, newest / "config.json")
             check_same_job(before, config)
+            self._check_replicated(newest)
             run.check_schema(self.schema)
             run.check_data(config.data)
             step = checkpoint.step_of(newest)
@@ -119,6 +123,17 @@ class Trainer:
         else:
             run.data.unlink(missing_ok=True)  # of an attempt that came to nothing
         return run, newest
+
+    def _check_replicated(self, path: Path) -> None:
+        """See that the same tables are data-parallel, whose optimizer state stands elsewhere in a checkpoint."""
+        before, now = (set(plan.replicated) for plan in (Plan.load(path / "plan.json"), self.plan))
+        if before != now:
+            table = min(before ^ now)
+            raise InputError(
+                f"{self.config.out}: table {table} {'was' if table in before else 'was not'} data_parallel when the "
+                "checkpoint was written, and its optimizer state is kept elsewhere then; go on with the same by "
+                f"--sharding.constraints '{table}={'data_parallel' if table in before else 'table_wise'}'"
+            )
 
     def _check_finite(self, losses: list[float]) -> None:
         for spec, loss in zip(self.specs, losses, strict=True):

@@ -18,6 +18,7 @@ from recsys.backbones.rankmixer import RankMixerConfig
 from recsys.backbones.wukong import WukongConfig
 from recsys.distributed import World, mean_over_ranks, process_group
 from recsys.members import BackboneConfigs, ModelConfig
+from recsys.sharding.config import ShardingConfig
 from recsys.training.config import LoopConfig, TrainConfig
 from recsys.training.optim import OptimizerConfig
 from recsys.training.trainer import Trainer
@@ -47,11 +48,14 @@ def small_config(data: Path, **changes: Any) -> TrainConfig:
             rankmixer=RankMixerConfig(num_tokens=4, token_dim=16, num_layers=1, expansion=2),
         ),
     }
-    parts = {"model": ModelConfig, "optimizer": OptimizerConfig, "train": LoopConfig}
+    parts = {"model": ModelConfig, "optimizer": OptimizerConfig, "train": LoopConfig, "sharding": ShardingConfig}
+    if "sharding" in changes:
+        changes["types"] = (changes.pop("sharding"),)
     defaults: dict[str, dict[str, Any]] = {
         "model": {"embedding_dim": 8, "dense_hidden": (8,), "init_scale": 0.1},
         "optimizer": {"table_lr": 0.1, "dense_lr": 0.01},
-        "train": {"batch_size": 128, "num_steps": NUM_STEPS, "sharding": "table_wise"},
+        "train": {"batch_size": 128, "num_steps": NUM_STEPS},
+        "sharding": {"types": ("table_wise",)},
     }
     for name, kind in parts.items():
         own = {field.name for field in dataclasses.fields(kind)}
@@ -70,7 +74,7 @@ def train(config: TrainConfig, world: World) -> Outcome | None:
     predictions = trainer.predict(trainer.valid_loader)
     if predictions is None:
         return None
-    types = {table["sharding_type"] for table in trainer.plan.values()}
+    types = {table.sharding_type for table in trainer.plan.tables.values()}
     return Outcome(torch.stack(losses).numpy(), predictions.logits_NM, types)
 
 

@@ -15,6 +15,7 @@ from recsys.config import InputError, dump, load_file
 from recsys.data.loader import LoaderConfig
 from recsys.distributed import World, process_group
 from recsys.members import ModelConfig
+from recsys.sharding.plan import Plan
 from recsys.studies.merge_runs import MergeConfig, merge_runs
 from recsys.training.config import TrainConfig
 from recsys.training.evaluate import EvaluateConfig, evaluate
@@ -72,8 +73,8 @@ def test_a_merged_run_is_the_run_of_one_job(runs: Path, world: World) -> None:
     merged, together = (evaluate(EvaluateConfig(run=runs / name), world) for name in ("merged", "together"))
     assert merged is not None
     assert together is not None
-    for name, metrics in together.items():
-        assert merged[name].logloss == pytest.approx(metrics.logloss, abs=1e-6)
+    for name, metrics in together.metrics.items():
+        assert merged.metrics[name].logloss == pytest.approx(metrics.logloss, abs=1e-6)
     specs = load_file(TrainConfig, runs / "merged" / "config.json").specs()
     assert [(spec.name, spec.seed) for spec in specs] == [("dcnv2", 0), ("wukong", 0), ("dcnv2_2", 4)]
 
@@ -91,9 +92,9 @@ def test_a_merged_run_goes_on_like_the_run_of_one_job(runs: Path, world: World, 
 
 def test_runs_merge_on_two_ranks(runs: Path, world: World) -> None:
     on_ranks(2, _merge, runs)
-    one, two = (json.loads((runs / name / "plan.json").read_text()) for name in ("merged", "merged_on_two"))
+    one, two = (Plan.load(runs / name / "plan.json").tables for name in ("merged", "merged_on_two"))
     assert one.keys() == two.keys()
-    assert {rank for table in two.values() for rank in table["ranks"]} == {0, 1}
+    assert {rank for table in two.values() for rank in table.ranks} == {0, 1}
     predictions = Predictor(runs / "merged_on_two", world).predict("test")
     assert predictions is not None
     expected = [Predictor(runs / name, world).predict("test") for name in ("a", "b")]
@@ -121,7 +122,7 @@ def test_runs_that_cannot_be_one_are_refused(runs: Path, prepared: Path, world: 
     refused("its members share tables", runs / "a", tmp_path / "shared")
     changed = tmp_path / "changed"
     changed.mkdir()
-    for name in ("config.json", "schema.json", "data.json"):
+    for name in ("config.json", "schema.json", "data.json", "plan.json"):
         (changed / name).write_bytes((runs / "b" / name).read_bytes())
     refused("no checkpoint in it", runs / "a", changed)
     facts = json.loads((changed / "data.json").read_text())

@@ -20,6 +20,8 @@ from recsys.data.schema import Schema
 from recsys.distributed import World, process_group
 from recsys.merge.rules import Merge
 from recsys.place import place
+from recsys.sharding.config import ShardingConfig
+from recsys.sharding.plan import Plan
 from recsys.training import checkpoint
 from recsys.training.config import TrainConfig
 from recsys.training.evaluate import BAYES_OPTIMAL, EvaluateConfig, evaluate
@@ -57,9 +59,9 @@ def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory, world: World) 
 def test_a_run_folder_holds_what_describes_the_run(run: TrainConfig) -> None:
     assert load_file(TrainConfig, run.out / "config.json") == run
     assert (run.out / "schema.json").read_bytes() == (run.data / "schema.json").read_bytes()
-    assert set(json.loads((run.out / "plan.json").read_text())) == {
-        f"{member}/C{i}" for member in MEMBERS for i in range(1, 27)
-    }
+    plan = Plan.load(run.out / "plan.json")
+    assert set(plan.tables) == {f"{member}/C{i}" for member in MEMBERS for i in range(1, 27)}
+    assert Plan.load(run.out / "checkpoints" / "step-00000020" / "plan.json") == plan
     assert [line["step"] for line in steps(run.out, "train")] == list(range(1, 21))
     assert [line["step"] for line in steps(run.out, "valid")] == [10, 20]
     assert set(steps(run.out, "valid")[0]) == {"kind", "step", *MEMBERS, "merged"}
@@ -102,8 +104,9 @@ def _train(world: World, config: TrainConfig) -> None:
 
 
 def test_evaluate_gives_what_training_reported(run: TrainConfig, world: World, tmp_path: Path) -> None:
-    metrics = evaluate(EvaluateConfig(run=run.out, split="valid", json=tmp_path / "metrics.json"), world)
-    assert metrics is not None
+    found = evaluate(EvaluateConfig(run=run.out, split="valid", json=tmp_path / "metrics.json"), world)
+    assert found is not None
+    metrics = found.metrics
     reported = steps(run.out, "valid")[-1]
     for name in (*MEMBERS, "merged"):
         assert metrics[name].auc == pytest.approx(reported[name]["auc"], abs=1e-6)
@@ -115,8 +118,9 @@ def test_evaluate_sets_the_best_possible_beside_the_members(
     run: TrainConfig, world: World, synthetic_log: Path
 ) -> None:
     truth = synthetic_log.with_name(f"{synthetic_log.name}.truth.parquet")
-    metrics = evaluate(EvaluateConfig(run=run.out, truth=truth), world)
-    assert metrics is not None
+    found = evaluate(EvaluateConfig(run=run.out, truth=truth), world)
+    assert found is not None
+    metrics = found.metrics
     best = metrics.pop(BAYES_OPTIMAL)
     assert all(best.auc > member.auc and best.logloss < member.logloss for member in metrics.values())
     assert best.num_rows == metrics["merged"].num_rows
@@ -210,7 +214,10 @@ def test_what_an_attempt_wrote_past_its_checkpoint_is_dropped(run: TrainConfig, 
         ({"members": ("dcnv2",)}, "cannot go on with members"),
         ({"seed": 7}, "cannot go on with seed 7, the run has 0"),
         ({"train": {"batch_size": 64, "num_steps": 99}}, "cannot go on with batch_size 64, the run has 128"),
-        ({"train": {"sharding": "data_parallel", "num_steps": 99}}, "cannot go on with sharding data_parallel"),
+        (
+            {"train": {"num_steps": 99}, "sharding": ShardingConfig(types=("data_parallel",))},
+            "C1 was not data_parallel",
+        ),
         ({}, "has reached step 20 of 20"),
     ],
 )
@@ -299,7 +306,7 @@ def test_shared_tables_and_joint_loss_train(prepared: Path, world: World, tmp_pa
     config = small_config(prepared, out=tmp_path / "run", members=MEMBERS, loss="joint", log_every=1, num_steps=60)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, tables="shared"))
     Trainer(config, world).train()
-    assert set(json.loads((config.out / "plan.json").read_text())) == {f"shared/C{i}" for i in range(1, 27)}
+    assert set(Plan.load(config.out / "plan.json").tables) == {f"shared/C{i}" for i in range(1, 27)}
     losses = [sum(line["loss"].values()) for line in steps(config.out, "train")]
     assert np.mean(losses[-20:]) < np.mean(losses[:20]) - 0.04
 

@@ -1,0 +1,1 @@
+"""`recsys plan`: what a recipe's tables cost on a cluster that need not be there."""

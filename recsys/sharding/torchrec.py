@@ -1,0 +1,117 @@
+"""Plans in TorchRec's words, and what TorchRec needs to carry them out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import nn
+from torch.distributed._shard.metadata import ShardMetadata
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
+from torchrec.distributed.planner.utils import placement
+from torchrec.distributed.types import (
+    CommOp,
+    EmbeddingModuleShardingPlan,
+    EnumerableShardingSpec,
+    ParameterSharding,
+    QuantizedCommCodecs,
+    ShardingPlan,
+)
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from recsys.config import InputError
+from recsys.sharding.config import ShardingConfig
+from recsys.sharding.plan import TYPES, Plan
+
+COMMS = {"fp16": CommType.FP16, "bf16": CommType.BF16, "int8": CommType.INT8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptimizer:
+    """Adagrad that is fused into the backward pass of the tables, with one accumulator a row or one an element."""
+
+    kind: Literal["rowwise_adagrad", "adagrad"]
+    lr: float
+    eps: float
+
+    @property
+    def fused_params(self) -> dict[str, Any]:
+        """FBGEMM's words for it."""
+        kinds = {"rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "adagrad": EmbOptimType.EXACT_ADAGRAD}
+        return {"optimizer": kinds[self.kind], "learning_rate": self.lr, "eps": self.eps}
+
+
+class TableSharder(EmbeddingBagCollectionSharder):
+    """Offers every sharding type on every device; TorchRec hides the row-wise ones on a CPU, where they work."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """All types."""
+        return list(TYPES)
+
+
+def check_device(config: ShardingConfig, device: torch.device) -> None:
+    """See that this machine's build of FBGEMM can do what was asked for.
+
+    Raises:
+        InputError: it cannot, with the reason; `recsys plan` plans it all the same.
+    """
+    if device.type != "cpu":
+        return
+    if config.replicas > 1:
+        raise InputError(
+            f"--sharding.replicas {config.replicas}: TorchRec's 2-D parallelism (DMPCollection) needs CUDA devices; "
+            "leave it at 1 here, and plan it by `recsys plan --sharding.replicas`"
+        )
+
+
+def comm_codecs(config: ShardingConfig, device: torch.device) -> Mapping[str, QuantizedCommCodecs] | None:
+    """What compresses pooled embeddings and gradients on their way between ranks; None where nothing does.
+
+    int8 leaves out reduce-scatters (row-wise types), in which values are summed on the way: TorchRec has it for
+    all-to-alls alone.
+    """
+    if config.comms == config.gradient_comms == "fp32":
+        return None
+    one_way = COMMS | {"fp32": CommType.FP32}
+    quantised = QCommsConfig(forward_precision=one_way[config.comms], backward_precision=one_way[config.gradient_comms])
+    only = None
+    if "int8" in (config.comms, config.gradient_comms):
+        only = [CommOp.POOLED_EMBEDDINGS_ALL_TO_ALL, CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL]
+    # Asked for a CPU, TorchRec would silently make fp16 of bf16, which gloo carries well.
+    asked = torch.device("cuda") if device.type == "cpu" else device
+    registry: Mapping[str, QuantizedCommCodecs] = get_qcomm_codecs_registry(quantised, comm_ops=only, device=asked)
+    return registry
+
+
+def sharding_plan(plan: Plan, module: nn.Module, device: torch.device) -> ShardingPlan:
+    """A plan for the tables under `module`, which must hold each of them in one EmbeddingBagCollection."""
+    modules = {}
+    for path, part in module.named_modules():
+        if isinstance(part, EmbeddingBagCollection):
+            modules[path] = EmbeddingModuleShardingPlan(
+                {config.name: _parameter_sharding(plan, config.name, device) for config in part.embedding_bag_configs()}
+            )
+    return ShardingPlan(modules)
+
+
+def _parameter_sharding(plan: Plan, name: str, device: torch.device) -> ParameterSharding:
+    table = plan.tables[name]
+    if table.sharding_type == "data_parallel":
+        return ParameterSharding(table.sharding_type, table.kernel, ranks=list(range(plan.world_size)))
+    return ParameterSharding(
+        table.sharding_type,
+        table.kernel,
+        ranks=[shard.rank for shard in table.shards],
+        sharding_spec=EnumerableShardingSpec(
+            [
+                ShardMetadata(
+                    shard_offsets=[shard.row, shard.column],
+                    shard_sizes=[shard.rows, shard.columns],
+                    placement=placement(device.type, shard.rank, plan.ranks_per_node),
+                )
+                for shard in table.shards
+            ]
+        ),
+    )
