@@ -37,6 +37,7 @@ DATA_VERBS: dict[str, str] = {
 # `recsys study VERB`
 STUDY_VERBS: dict[str, str] = {
     "merge": "is a merge of independent members better than one bigger model of the same inference budget?",
+    "compression": "what do embeddings of 10 to 10,000 times fewer floats cost in quality, and gain in speed?",
 }
 
 VERBS = {
@@ -50,6 +51,7 @@ VERBS = {
     "predict": "write predictions of a run, by all members, some, or as many as a time budget allows",
     "study": "experiments of many runs with a report: `recsys study --help`",
     "plan": "where tables go on a cluster that need not be there: memory and step time; `recsys plan diff A B`",
+    "shard-bench": "run sharding plans on what is at hand: measured beside predicted, and rates fitted to it",
     "backbones": "list the backbones, with parameters and FLOPs a row as they scale",
     "doctor": "check that the environment works, and say what mends it",
 }
@@ -82,13 +84,13 @@ def _run(group: str, verbs: dict[str, str], arguments: list[str]) -> int:
     """Run the verb that `arguments` begin with, or list the group's verbs."""
     prog = f"recsys {group}".strip()
     if not arguments or arguments[0] in ("-h", "--help"):
-        listed = "\n".join(f"  {verb:<10}{what}" for verb, what in verbs.items())
+        listed = "\n".join(f"  {verb:<12}{what}" for verb, what in verbs.items())
         print(f"usage: {prog} VERB ...\n\n{listed}\n\n`{prog} VERB --help` shows a verb's options.")
         return 0 if arguments else 2
     verb, *rest = arguments
     if verb not in verbs:
         raise InputError(f"unknown verb {verb!r}; {nearest(verb, verbs)}")
-    status: int = globals()[f"{group and '_'}{group}_{verb}"](rest)
+    status: int = globals()[f"{group and '_'}{group}_{verb.replace('-', '_')}"](rest)
     return status
 
 
@@ -316,6 +318,30 @@ def _study_merge(arguments: list[str]) -> int:
     from recsys.studies.merge_study import merge_study
 
     merge_study(config, find_recipe(recipe))
+    return 0
+
+
+def _study_compression(arguments: list[str]) -> int:
+    from recsys.studies.compression.config import CompressionStudyConfig
+
+    recipe, rest = _named(arguments, CompressionStudyConfig, "study compression")
+    config = _parse(CompressionStudyConfig, f"study compression {recipe}", rest)
+    _quieten_libraries()
+    from recsys.recipes import find_recipe
+    from recsys.studies.compression.study import compression_study
+
+    compression_study(config, find_recipe(recipe))
+    return 0
+
+
+def _shard_bench(arguments: list[str]) -> int:
+    from recsys.studies.shard_config import ShardBenchConfig
+
+    config = _parse(ShardBenchConfig, "shard-bench", arguments)
+    _quieten_libraries()
+    from recsys.studies.shard_bench import shard_bench
+
+    shard_bench(config)
     return 0
 
 

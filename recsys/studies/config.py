@@ -1,4 +1,4 @@
-"""The configs of a merge study and of an offline merge. They import no torch, so that help is instant."""
+"""The configs of studies, of a merge study and of an offline merge. They import no torch, so that help is instant."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -15,7 +15,27 @@ RivalKind = Literal["wider", "deeper", "bigger"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeStudyConfig:
+class StudyConfig:
+    """What all studies that train are told: where to, on what, and where jobs run."""
+
+    out: Path
+    """Folder of the study: runs and predictions of all jobs, results.json, report.html and pictures."""
+    data: Place | None = None
+    """Prepared folder, may be a URL; without it, the recipe's."""
+    scheduler: str = "in_process"
+    """Where jobs are trained: in this process one after another, or by a scheduler of torchx, such as local_cwd."""
+    torchx_args: str = "-j 1x1"
+    """With a scheduler: arguments of the torchx component, such as "-j 2x8 --gpu 8"."""
+    torchx_cfg: str = ""
+    """With a scheduler: its options, KEY=VALUE,KEY=VALUE, over those in .torchxconfig."""
+    component: str = "launchers/train.py:ddp"
+    """With a scheduler: the torchx component that runs `recsys train`."""
+    dry_run: bool = False
+    """List the jobs, their sizes and what is left to do, and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeStudyConfig(StudyConfig):
     """Which members a merge study trains, how it merges them, and what it compares the merges with.
 
     Every job is trained as RECIPE says, but for its members. RECIPE may be a config file: steps, batch size, learning
@@ -24,10 +44,6 @@ class MergeStudyConfig:
     their predictions may be removed.
     """
 
-    out: Path
-    """Folder of the study: runs and predictions of all jobs, results.json, report.html and pictures."""
-    data: Place | None = None
-    """Prepared folder, may be a URL; without it, the recipe's."""
     truth: Path | None = None
     """FILE.truth.parquet of `recsys synth`: adds the metrics of the best possible predictions."""
     backbones: tuple[str, ...] = ("fnn", "ipnn", "deepfm", "dcn", "dcnv2", "finalmlp", "wukong", "rankmixer")
@@ -51,16 +67,6 @@ class MergeStudyConfig:
     """Members of a job that shares tables, and of one that trains on the joint loss."""
     ablation_sets: int = 2
     """Jobs of each of both kinds, of other seeds each; 0 for none."""
-    scheduler: str = "in_process"
-    """Where jobs are trained: in this process one after another, or by a scheduler of torchx, such as local_cwd."""
-    torchx_args: str = "-j 1x1"
-    """With a scheduler: arguments of the torchx component, such as "-j 2x8 --gpu 8"."""
-    torchx_cfg: str = ""
-    """With a scheduler: its options, KEY=VALUE,KEY=VALUE, over those in .torchxconfig."""
-    component: str = "launchers/train.py:ddp"
-    """With a scheduler: the torchx component that runs `recsys train`."""
-    dry_run: bool = False
-    """List the jobs, their sizes and what is left to do, and stop."""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "more_seeds", "rival_seeds"):

@@ -10,7 +10,7 @@ from recsys.studies.config import MergeStudyConfig
 from recsys.studies.rivals import Cost, cost, rival
 from recsys.training.config import TrainConfig
 
-Kind = Literal["members", "rivals", "ablations"]
+Kind = Literal["members", "rivals", "ablations", "compressed"]
 ABLATIONS: dict[str, dict[str, Any]] = {"shared": {"tables": "shared"}, "joint": {"loss": "joint"}}
 """What a job of several members is called, and what it does otherwise than members alone."""
 

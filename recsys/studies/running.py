@@ -13,7 +13,7 @@ from recsys.config import InputError, dump, load_file
 from recsys.data.loader import Loader
 from recsys.data.schema import Schema
 from recsys.distributed import World, process_group
-from recsys.studies.config import IN_PROCESS, MergeStudyConfig
+from recsys.studies.config import IN_PROCESS, StudyConfig
 from recsys.studies.jobs import Job
 from recsys.studies.scheduled import train_on
 from recsys.training import checkpoint
@@ -88,7 +88,7 @@ def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any,
         yield name, old, new
 
 
-def run_jobs(config: MergeStudyConfig, jobs: Sequence[Job], num_steps: int) -> None:
+def run_jobs(config: StudyConfig, jobs: Sequence[Job], num_steps: int) -> None:
     """Train what is not trained, predict what is not predicted.
 
     Raises:
@@ -118,7 +118,7 @@ def run_jobs(config: MergeStudyConfig, jobs: Sequence[Job], num_steps: int) -> N
             )
 
 
-def _train(config: MergeStudyConfig, job: Job, world: World) -> None:
+def _train(config: StudyConfig, job: Job, world: World) -> None:
     if config.scheduler == IN_PROCESS:
         Trainer(job.config, world).train()
     else:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from recsys.config import InputError, dump, nearest, write_whole
 from recsys.place import is_local
-from recsys.studies.config import MergeStudyConfig
+from recsys.studies.config import StudyConfig
 from recsys.studies.jobs import Job
 
 POLL_S = 2.0
 
 
-def train_on(config: MergeStudyConfig, job: Job) -> None:
+def train_on(config: StudyConfig, job: Job) -> None:
     """Submit a job and wait for its end.
 
     The scheduler's nodes read its config from OUT/jobs/NAME.json and write its run folder, so `out` must lie on a disk

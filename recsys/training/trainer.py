@@ -8,7 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.model_parallel import DMPCollection
+from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 
 from recsys.config import InputError, load_file
 from recsys.data.batch import Batch
@@ -47,7 +48,9 @@ class Trainer:
         self.optimizer = Optimizer(self.task, config.optimizer, self.num_steps, self.specs)
         connect(self.task, model.embedding, self.task.fused_optimizer.state_dict()["state"])
         self.members = model.members
-        self.pipeline = TrainPipelineSparseDist(self.task, self.optimizer.combined, world.device)
+        # Where no table is sharded, there are no ids to send ahead, and nothing that TorchRec's pipeline could trace.
+        pipeline = TrainPipelineSparseDist if self.plan.tables else TrainPipelineBase
+        self.pipeline = pipeline(self.task, self.optimizer.combined, world.device)
         self.step = 0
 
     def train(self) -> dict[str, ClickMetrics] | None:
@@ -155,6 +158,8 @@ class Trainer:
             member.reseed(self.world.rank, self.step)
         outputs: Outputs = self.pipeline.progress(batches)
         self.step += 1
+        if isinstance(self.task, DMPCollection) and self.step % self.config.sharding.sync_every == 0:
+            self.task.sync()  # copies of the tables, which 2-D parallelism trains apart
         return outputs
 
     @property
@@ -164,8 +169,9 @@ class Trainer:
 
     def predict(self, loader: Loader) -> Predictions | None:
         """Logits and labels of held-out rows; None on ranks other than 0."""
-        # The pipeline has made the tables' forward wait for batches of its own; its next progress() attaches it again.
-        self.pipeline.detach()
+        if isinstance(self.pipeline, TrainPipelineSparseDist):
+            # It has made the tables' forward wait for batches of its own; its next progress() attaches it again.
+            self.pipeline.detach()
         return predict(self.task, [spec.name for spec in self.specs], loader.once(), self.world)
 
     def load(self, path: Path) -> None:
