@@ -169,5 +169,4 @@ def test_the_command_lists_jobs_and_refuses(prepared: Path, tmp_path: Path, caps
     printed = capsys.readouterr().out
     assert "6 jobs of" in printed
     assert "robe_x10_z32_lr0.1_s0" in printed
-    assert cli.main([*arguments, "--compressions", "0.5"]) == 2
-    assert "compressions" in error_line(capsys)
+    assert "compressions (0.5,) must be above 1" in error_line(capsys, *arguments, "--compressions", "0.5")

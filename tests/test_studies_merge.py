@@ -373,4 +373,4 @@ def test_the_command_line_tells_what_is_wrong(capsys: pytest.CaptureFixture[str]
     )
     assert "unknown recipe" in error_line(capsys, "study", "merge", "synthetics", "--out", "x")
     assert "unknown verb 'merg'; did you mean merge?" in error_line(capsys, "study", "merg")
-    assert set(cli.STUDY_VERBS) == {"merge"}
+    assert set(cli.STUDY_VERBS) == {"merge", "compression"}
