@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from recsys.config import InputError, nearest
 from recsys.sharding.cluster import Hardware
-from recsys.sharding.plan import COLUMN_TYPES, KERNELS, TYPES
+from recsys.sharding.plan import KERNELS, TYPES
+from recsys.sharding.tiling import COLUMN_TYPES
 from recsys.sharding.workload import Workload
 
 AUTO_TYPES = ("table_wise", "column_wise", "row_wise", "table_row_wise", "grid_shard")

@@ -5,9 +5,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from recsys.config import InputError, nearest, write_whole
+from recsys.sharding.tiling import Shard, check_table
 from recsys.sharding.workload import TableSpec
 
 ShardingType = Literal[
@@ -24,19 +25,7 @@ Kernel = Literal["dense", "fused", "fused_uvm", "fused_uvm_caching", "key_value"
 TYPES: tuple[str, ...] = ShardingType.__args__  # type: ignore[attr-defined]
 KERNELS: tuple[str, ...] = Kernel.__args__  # type: ignore[attr-defined]
 
-COLUMN_TYPES = frozenset({"column_wise", "table_column_wise", "grid_shard"})
-"""Types that split columns: under row-wise Adagrad each part would keep accumulators of its own."""
 VERSION = 1
-
-
-class Shard(NamedTuple):
-    """A rectangle of a table on a rank."""
-
-    rank: int
-    row: int
-    column: int
-    rows: int
-    columns: int
 
 
 @dataclass(frozen=True)
@@ -152,7 +141,7 @@ class Plan:
             InputError: they do not, naming the table, the first shard at fault and what would be right.
         """
         for name, table in self.tables.items():
-            _check_table(table, self.shapes[name], self, f"{where}: table {name}")
+            check_table(table, self.shapes[name], self.world_size, self.ranks_per_node, f"{where}: table {name}")
 
     def check_fits(self, tables: Iterable[TableSpec], where: str = "plan") -> None:
         """See that the plan is of these tables, each exactly once and of its size.
@@ -235,74 +224,3 @@ def _table_plan(values: dict[str, Any], where: str) -> TablePlan:
             raise InputError(f"{where}: shard {index} is {shard!r}; it must be [{', '.join(Shard._fields)}]")
         shards.append(Shard(*shard))
     return TablePlan(values["sharding_type"], values["kernel"], tuple(shards))
-
-
-def _check_table(table: TablePlan, shape: tuple[int, int], plan: Plan, where: str) -> None:
-    if table.sharding_type == "data_parallel":
-        if table.shards:
-            raise InputError(f"{where}: data_parallel tables lie whole on every rank; leave shards empty")
-        if table.kernel != "dense":
-            raise InputError(f"{where}: data_parallel takes the kernel dense, not {table.kernel}")
-        return
-    if table.kernel == "dense":
-        raise InputError(f"{where}: the kernel dense is for data_parallel; {table.sharding_type} takes fused")
-    for index, shard in enumerate(table.shards):
-        if not 0 <= shard.rank < plan.world_size:
-            raise InputError(
-                f"{where}: shard {index} is on rank {shard.rank}; there are ranks 0 to {plan.world_size - 1}"
-            )
-        if min(shard.row, shard.column, shard.rows) < 0 or shard.columns < 1:
-            raise InputError(f"{where}: shard {index} is {list(shard)}; sizes and offsets are not negative")
-    _check_tiles(table, shape, where)
-    _check_form(table, plan, where)
-
-
-def _check_tiles(table: TablePlan, shape: tuple[int, int], where: str) -> None:
-    """Shards are a grid: parts of rows times parts of columns, without gap or overlap."""
-    columns: dict[tuple[int, int], list[Shard]] = {}
-    for shard in table.shards:
-        columns.setdefault((shard.column, shard.columns), []).append(shard)
-    end = 0
-    for (column, width), parts in sorted(columns.items()):
-        if column != end:
-            raise InputError(f"{where}: {_gap('columns', end, column)}; shards must cover columns 0 to {shape[1]} once")
-        end, row = column + width, 0
-        for shard in sorted(parts, key=lambda part: (part.row, part.rows)):
-            if shard.row != row:
-                raise InputError(
-                    f"{where}: {_gap('rows', row, shard.row)}; shards must cover rows 0 to {shape[0]} once"
-                )
-            row += shard.rows
-        if row != shape[0]:
-            raise InputError(f"{where}: {_gap('rows', row, shape[0])}; shards must cover rows 0 to {shape[0]} once")
-    if end != shape[1]:
-        raise InputError(f"{where}: {_gap('columns', end, shape[1])}; shards must cover columns 0 to {shape[1]} once")
-
-
-def _gap(what: str, end: int, begin: int) -> str:
-    if begin > end:
-        return f"{what} {end} to {begin} are in no shard"
-    return f"{what} {begin} to {end} are in two shards"
-
-
-def _check_form(table: TablePlan, plan: Plan, where: str) -> None:
-    kind, shards, ranks = table.sharding_type, table.shards, table.ranks
-    splits_columns = len({shard.column for shard in shards}) > 1
-    splits_rows = len({shard.row for shard in shards if shard.rows}) > 1
-    nodes = {rank // plan.ranks_per_node for rank in ranks}
-    if kind == "table_wise" and len(shards) != 1:
-        raise InputError(f"{where}: table_wise is one shard, not {len(shards)}")
-    if splits_columns and kind not in COLUMN_TYPES:
-        raise InputError(f"{where}: {kind} does not split columns; column_wise does")
-    if splits_rows and kind not in ("row_wise", "table_row_wise", "grid_shard"):
-        raise InputError(f"{where}: {kind} does not split rows; row_wise does")
-    if kind == "row_wise" and ranks != list(range(plan.world_size)):
-        raise InputError(f"{where}: row_wise has a shard on every rank, in order, if an empty one")
-    if kind in ("table_row_wise", "table_column_wise") and len(nodes) != 1:
-        raise InputError(f"{where}: {kind} stays within one node, its ranks are on {len(nodes)}")
-    if kind in ("table_row_wise", "grid_shard"):
-        for column in {shard.column for shard in shards}:
-            held = [shard.rank for shard in shards if shard.column == column]
-            first = held[0] // plan.ranks_per_node * plan.ranks_per_node
-            if held != list(range(first, first + plan.ranks_per_node)):
-                raise InputError(f"{where}: {kind} splits rows over all ranks of a node, in order")
