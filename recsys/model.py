@@ -141,9 +141,10 @@ class RecModel(nn.Module):
     def choose(self, batch_size: int, device: torch.device) -> None:
         """Settle on all ranks which members are computed together, for batches of `batch_size` rows a rank.
 
-        Moves members to `device`. Must come before the model is sharded.
+        Moves to `device` what is not sharded. Must come before the model is.
         """
         self.members.to(device)
+        self.embedding.place(device)
         measure = self._batched == "auto" and device.type == "cuda"
         dims = [owner.config.embedding_dim for owner in self.embedding.owners.values()]
         for group in self.members.groups:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from numba import njit
 
-from recsys.data.compiled import compiled
+from recsys.compiled import compiled
 from recsys.data.dictionary import dictionary_of, sums_by_code
 
 

@@ -86,7 +86,7 @@ def test_a_shard_is_that_part_of_the_table(rows: slice, columns: slice) -> None:
 @pytest.mark.parametrize("elements", [1, 12, 50, 443, 444])
 def test_values_do_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
     whole = filled()
-    monkeypatch.setattr(init, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setitem(init.CHUNK_ELEMENTS, "cpu", elements)
     assert torch.equal(filled(), whole)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from recsys.data.compiled import compiled, inlined
+from recsys.compiled import compiled, inlined
 
 _FIRST_ROOM = 2**11
 """Distinct values that a hash table is made for at first: while they are few, it stays in the CPU's cache."""

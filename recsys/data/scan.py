@@ -11,7 +11,7 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from recsys.data.compiled import compiled, inlined
+from recsys.compiled import compiled, inlined
 
 LABEL, DECIMAL, HEXADECIMAL, HOUR, UNUSED = range(5)
 """How fields are written: 0 or 1; decimal digits; 1 to 8 hexadecimal ones; 8 decimal ones; anything made of digits."""

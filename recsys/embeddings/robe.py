@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.embeddings import robe_machine, robe_tensors
+from recsys.embeddings.bounds import IdBounds
 from recsys.embeddings.config import TABLE_SEPARATOR, Owner
 from recsys.embeddings.init import fill_uniform
 from recsys.embeddings.robe_hash import Bags, RobeHash, robe_hash
@@ -27,10 +28,16 @@ class Robe(nn.Module):
 
     def __init__(self, sparse: Mapping[str, int], owners: Sequence[Owner]) -> None:
         super().__init__()
+        self.bounds = IdBounds(sparse)
         self.by_owner = nn.ModuleDict({owner.name: RobeArray(sparse, owner) for owner in owners})
 
     def forward(self, ids: KeyedJaggedTensor) -> list[Tensor]:
-        """Look up ids, and sum those of one row and feature: one x_BFD an owner, fields in schema order."""
+        """Look up ids, and sum those of one row and feature: one x_BFD an owner, fields in schema order.
+
+        Raises:
+            InputError: an id that is none of the feature's, see `bounds`.
+        """
+        self.bounds(ids)
         return [array(ids) for array in self.by_owner.values()]
 
 
@@ -46,11 +53,14 @@ class RobeArray(nn.Module):
         super().__init__()
         self.features = list(sparse)
         self.hash = robe_hash(sparse, owner)
-        # NumPy asks the kernel for huge pages, torch does not; random access to many small ones costs twice the time.
-        self.array = nn.Parameter(torch.from_numpy(np.empty(self.hash.num_floats, np.float32)))
-        seed = TABLE_SEPARATOR.join((owner.seed, "robe"))
-        with torch.no_grad():
-            fill_uniform(self.array[:, None], seed, owner.config.init_scale, first=(0, 0), num_columns=1)
+        if torch.get_default_device().type == "meta":
+            self.array = nn.Parameter(torch.empty(self.hash.num_floats))
+        else:
+            # NumPy asks the kernel for huge pages, torch does not.
+            self.array = nn.Parameter(torch.from_numpy(np.empty(self.hash.num_floats, np.float32)))
+            seed = TABLE_SEPARATOR.join((owner.seed, "robe"))
+            with torch.no_grad():
+                fill_uniform(self.array[:, None], seed, owner.config.init_scale, first=(0, 0), num_columns=1)
         self.update: FusedAdagrad | None = None
 
     def fuse(self, optimizer: torch.optim.Adagrad) -> None:
@@ -74,15 +84,13 @@ class FusedAdagrad:
         self._optimizer, self._array, self._hash = optimizer, array, robe
         state = optimizer.state[array]
         state["sum"] = torch.from_numpy(np.zeros(len(array), np.float32)).copy_(state["sum"])  # in huge pages too
-        self._space = robe_machine.Space(len(array))
+        self._sums = robe_machine.zero(robe)
 
     def __call__(self, lookup: robe_machine.Lookup, grad_BFD: Tensor) -> None:
         """Update the array by the gradient of one lookup."""
         group = next(g for g in self._optimizer.param_groups if any(p is self._array for p in g["params"]))
-        sums = self._optimizer.state[self._array]["sum"]
-        robe_machine.update(
-            self._array, sums, self._space, self._hash, lookup, grad_BFD, lr=group["lr"], eps=group["eps"]
-        )
+        rates = robe_machine.Rates(self._optimizer.state[self._array]["sum"], group["lr"], group["eps"])
+        robe_machine.update(self._array, self._sums, self._hash, lookup, grad_BFD, rates)
 
 
 class _LookUp(torch.autograd.Function):

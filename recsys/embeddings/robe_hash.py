@@ -1,6 +1,7 @@
 """Where the values of a ROBE array stand: the hash, and its constants."""
 
 import hashlib
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -45,7 +46,7 @@ class RobeHash:
     dim: int
     """D."""
     first_rows_F: np.ndarray
-    """o, int64, by field."""
+    """o mod P, int64, by field."""
     places: tuple[int, int, int]
     """a, b, c of the places."""
     signs: tuple[int, int, int] | None
@@ -61,8 +62,8 @@ class RobeHash:
         """Where a block can start."""
         return self.num_floats - self.block_size + 1
 
-    def steps_J(self, constants: tuple[int, int, int]) -> np.ndarray:
-        """b j mod P for each block j of a value, int64."""
+    def steps(self, constants: tuple[int, int, int]) -> np.ndarray:
+        """Return b j mod P for each block j of a value, int64."""
         return np.array([constants[1] * j % P for j in range(self.num_blocks)], dtype=np.int64)
 
 
@@ -74,8 +75,8 @@ def robe_hash(sparse: Mapping[str, int], owner: Owner) -> RobeHash:
             works.
     """
     config = owner.config
-    rows = np.array([0, *sparse.values()], dtype=np.int64)
-    num_floats = int(rows.sum()) * config.embedding_dim
+    *first_rows, num_rows = itertools.accumulate(sparse.values(), initial=0)
+    num_floats = num_rows * config.embedding_dim
     kept = int(num_floats / config.compression)
     if kept < config.block_size:
         raise InputError(
@@ -92,7 +93,7 @@ def robe_hash(sparse: Mapping[str, int], owner: Owner) -> RobeHash:
         num_floats=kept,
         block_size=config.block_size,
         dim=config.embedding_dim,
-        first_rows_F=rows[:-1].cumsum(),
+        first_rows_F=np.array([row % P for row in first_rows], dtype=np.int64),
         places=_constants(owner.seed, "places"),
         signs=_constants(owner.seed, "signs") if config.sign else None,
     )
@@ -105,7 +106,7 @@ def _what_works(num_floats: int, block_size: int) -> str:
 
 
 def _constants(seed: str, what: str) -> tuple[int, int, int]:
-    """a and b in [1, P), c in [0, P)."""
+    """Draw a and b from [1, P), c from [0, P)."""
     digest = hashlib.sha256(TABLE_SEPARATOR.join((seed, "robe", what)).encode()).digest()
     a, b, c = (int.from_bytes(digest[i : i + 8]) for i in (0, 8, 16))
     return a % (P - 1) + 1, b % (P - 1) + 1, c % P

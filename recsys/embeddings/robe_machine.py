@@ -24,67 +24,66 @@ class Lookup(NamedTuple):
     """int32 [B * F + 1]: where the ids of each bag (b, f) stand in `starts_LJ`."""
 
 
-class Space:
-    """What updates need beside the array: a gradient that is zero between them, and which lines it touches."""
+class Rates(NamedTuple):
+    """What Adagrad goes by."""
 
-    def __init__(self, num_floats: int) -> None:
-        self.grad_m = np.zeros(num_floats, np.float32)
-        self.touched = np.zeros(-(-num_floats // kernels.LINE), np.bool_)
+    squares_m: Tensor
+    """float32: its state, sums of squared gradients."""
+    lr: float
+    eps: float
 
 
 def look_up(array_m: Tensor, robe: RobeHash, bags: Bags) -> tuple[Tensor, Lookup]:
     """Look up a batch: x_BFD, and what `gradient` and `update` need."""
-    ids_L, offsets, columns_F = bags.ids_L.numpy(), bags.offsets.numpy(), np.array(bags.columns_F, dtype=np.int64)
-    ends = np.empty(bags.num_rows * len(columns_F) + 1, np.int32)
-    kernels.order(offsets, columns_F, ends)
-    x_BFD = torch.empty(bags.num_rows, len(columns_F), robe.dim)
-    starts_LJ = np.empty((int(ends[-1]), robe.num_blocks), np.int32)
-    signs = robe.signs or robe.places
+    num_fields = len(bags.columns_F)
+    ids = kernels.Ids(
+        ids_L=bags.ids_L.numpy(),
+        offsets=bags.offsets.numpy(),
+        columns_F=np.array(bags.columns_F, dtype=np.int64),
+        ends=np.empty(bags.num_rows * num_fields + 1, np.int32),
+    )
+    kernels.order(ids)
+    constants = kernels.Hash(
+        first_rows_F=robe.first_rows_F,
+        places=robe.places,
+        steps_J=robe.steps(robe.places),
+        signs=robe.signs or robe.places,
+        sign_steps_J=robe.steps(robe.signs) if robe.signs else np.empty(0, np.int64),
+        block_size=robe.block_size,
+    )
+    lookup = Lookup(np.empty((int(ids.ends[-1]), robe.num_blocks), np.int32), ids.ends)
+    x_BFD = torch.empty(bags.num_rows, num_fields, robe.dim)
     _on_threads(
         kernels.look_up,
-        (
-            *(array_m.detach().numpy(), ids_L, offsets, columns_F, robe.first_rows_F, ends),
-            *(robe.places, robe.steps_J(robe.places)),
-            *(signs, robe.steps_J(signs)[: robe.num_blocks if robe.signs else 0]),
-            *(robe.block_size, starts_LJ, x_BFD.numpy()),
-        ),
+        (array_m.detach().numpy(), ids, constants, lookup.starts_LJ, x_BFD.numpy()),
         _stretches(bags.num_rows, kernels.TILE_ROWS),
     )
-    return x_BFD, Lookup(starts_LJ, ends)
+    return x_BFD, lookup
 
 
 def gradient(robe: RobeHash, lookup: Lookup, grad_BFD: Tensor) -> Tensor:
     """Gradient of the whole array, from that of what was looked up."""
     grad_m = torch.zeros(robe.num_floats)
-    untracked = np.empty(0, np.bool_)
+    sums = kernels.Sum(grad_m.numpy(), np.empty(0, np.bool_))
     _on_threads(
         kernels.add_gradient,
-        (grad_m.numpy(), untracked, grad_BFD.contiguous().numpy(), *lookup, robe.block_size),
+        (sums, grad_BFD.contiguous().numpy(), *lookup, robe.block_size),
         _stretches(robe.num_floats, kernels.LINE),
     )
     return grad_m
 
 
-def update(
-    array_m: Tensor,
-    sums_m: Tensor,
-    space: Space,
-    robe: RobeHash,
-    lookup: Lookup,
-    grad_BFD: Tensor,
-    *,
-    lr: float,
-    eps: float,
-) -> None:
-    """Update the array by Adagrad where the batch has touched it: sums += g^2, array -= lr g / (sqrt(sums) + eps)."""
-    _on_threads(
-        kernels.add_and_update,
-        (
-            *(array_m.detach().numpy(), sums_m.numpy(), space.grad_m, space.touched),
-            *(grad_BFD.contiguous().numpy(), *lookup, robe.block_size, np.float32(lr), np.float32(eps)),
-        ),
-        _stretches(robe.num_floats, kernels.LINE),
-    )
+def zero(robe: RobeHash) -> kernels.Sum:
+    """What `update` needs beside the array: a gradient of 0, of which nothing is touched."""
+    return kernels.Sum(np.zeros(robe.num_floats, np.float32), np.zeros(-(-robe.num_floats // kernels.LINE), np.bool_))
+
+
+def update(array_m: Tensor, sums: kernels.Sum, robe: RobeHash, lookup: Lookup, grad_BFD: Tensor, rates: Rates) -> None:
+    """Update the array by Adagrad: squares += g^2, array -= lr g / (sqrt(squares) + eps); `sums` is `zero` again."""
+    stretches = _stretches(robe.num_floats, kernels.LINE)
+    _on_threads(kernels.add_gradient, (sums, grad_BFD.contiguous().numpy(), *lookup, robe.block_size), stretches)
+    values = (array_m.detach().numpy(), rates.squares_m.numpy())
+    _on_threads(kernels.adagrad, (*values, sums, np.float32(rates.lr), np.float32(rates.eps)), stretches)
 
 
 @functools.cache

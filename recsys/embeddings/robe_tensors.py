@@ -29,7 +29,7 @@ def look_up(array_m: Tensor, robe: RobeHash, bags: Bags) -> tuple[Tensor, Lookup
     given_L = torch.repeat_interleave(bags.offsets.diff(), output_size=len(bags.ids_L))
     features_L = given_L // bags.num_rows
     bags_L = given_L % bags.num_rows * num_fields + fields[features_L]
-    rows_L = (bags.ids_L + first_rows[features_L]) % P
+    rows_L = (bags.ids_L.long() % P + first_rows[features_L]) % P
     starts_LJ = _hashed(rows_L, robe, robe.places) % robe.num_starts
     signs_LJ = (1 - 2 * (_hashed(rows_L, robe, robe.signs) % 2)).float() if robe.signs else None
     # Every stretch of the array that a block can cover, without a copy: a block is one of its rows.
@@ -59,5 +59,5 @@ def gradient(robe: RobeHash, lookup: Lookup, grad_BFD: Tensor) -> Tensor:
 def _hashed(rows_L: Tensor, robe: RobeHash, constants: tuple[int, int, int]) -> Tensor:
     """(a v + b j + c) mod P for each row v and block j."""
     a, _, c = constants
-    steps_J = torch.from_numpy(robe.steps_J(constants)).to(rows_L.device)
+    steps_J = torch.from_numpy(robe.steps(constants)).to(rows_L.device)
     return ((a * rows_L + c) % P)[:, None].add(steps_J) % P

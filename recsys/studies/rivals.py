@@ -10,11 +10,11 @@ import torch
 
 from recsys.backbones.layers import linear_flops
 from recsys.data.schema import Schema
+from recsys.embeddings.precision import BYTES
 from recsys.members import MemberSpec
 from recsys.model import Member
 from recsys.studies.config import RivalKind
 
-FLOAT_BYTES = 4
 SMALLEST, LARGEST = 1e-6, 1e6
 """Rungs of the ladder between which sizes are looked for."""
 HALVINGS = 30
@@ -52,7 +52,7 @@ def cost(spec: MemberSpec, schema: Schema) -> Cost:
     layers = linear_flops(member.head) + (linear_flops(member.dense_field) if member.dense_field is not None else 0)
     return Cost(
         flops=member.backbone.flops() + layers,
-        table_bytes=sum(schema.sparse.values()) * spec.model.embedding_dim * FLOAT_BYTES,
+        table_bytes=sum(schema.sparse.values()) * spec.model.embedding_dim * BYTES[spec.model.table_dtype],
         parameters=sum(parameter.numel() for parameter in member.parameters()),
     )
 

@@ -14,11 +14,11 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from recsys.embeddings.dynamic_resize import load_resized, put_back
 from recsys.embeddings.tables import TABLE_SEPARATOR
 from recsys.training.chunks import in_chunks
-from recsys.training.optim import MEMBER, TABLE, Optimizer
+from recsys.training.optim import BEFORE_OWNER, Optimizer
 
 NAME = re.compile(r"step-(\d+)")
-# A member's name in that of one of its layers or tables, or of a table's state (`MEMBER/FEATURE.momentum1`).
-_OWNER = re.compile(rf"(?:{re.escape(MEMBER)}|{re.escape(TABLE)}|^(?=\w+{TABLE_SEPARATOR}))(?P<name>\w+)")
+# A member's name in that of one of its layers, tables and arrays, or of a table's state (`MEMBER/FEATURE.momentum1`).
+_OWNER = re.compile(rf"(?:{BEFORE_OWNER}|^(?=\w+{TABLE_SEPARATOR}))(?P<name>\w+)")
 
 
 def save(folder: Path, step: int, model: DistributedModelParallel, optimizer: Optimizer, files: Sequence[Path]) -> Path:

@@ -1,23 +1,30 @@
 """Optimizers: Adagrad on tables, Adam on the rest, and one learning-rate schedule over both."""
 
+import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from recsys.embeddings.tables import TABLE_SEPARATOR
+from recsys.embeddings.config import TABLE_SEPARATOR
+from recsys.embeddings.robe import RobeArray
 from recsys.members import MemberSpec
 from recsys.sharding.torchrec import TableOptimizer
 
-# What stands before a table's and a member's name in the name of a parameter.
-TABLE, MEMBER = "embedding_bags.", ".by_name."
+# What stands before a table's name in the name of a parameter, and before that of the member whose it is: of its
+# layers, and of what its embeddings have beside tables.
+TABLE, MEMBER, EMBEDDING = "embedding_bags.", ".by_name.", ".by_owner."
+BEFORE_OWNER = "|".join(map(re.escape, (TABLE, MEMBER, EMBEDDING)))
+_OWNER = re.compile(rf"(?:{BEFORE_OWNER})(?P<name>\w+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +72,8 @@ class Optimizer:
     """All optimizers of a sharded model, with one schedule.
 
     Tables that the plan made data-parallel are not in the fused optimizer; here they get the same Adagrad, so that a
-    table is optimized alike under every plan.
+    table is optimized alike under every plan. Arrays of ROBE get Adagrad with an accumulator for each element, for they
+    have no rows; a job of one rank on a CPU updates only what a batch touches of them, in the backward.
 
     Args:
         model: sharded; tables whose members have a rate of their own were given it before (`own_table_lrs`).
@@ -83,19 +91,30 @@ class Optimizer:
         parts: list[tuple[str, KeyedOptimizer]] = [("tables", model.fused_optimizer)]
         rest = dict(in_backward_optimizer_filter(model.named_parameters()))
         replicated = {name: rest.pop(name) for name in list(rest) if TABLE in name}
+        robes = [module for module in model.modules() if isinstance(module, RobeArray)]
+        arrays = {name: rest.pop(name) for name in list(rest) if any(rest[name] is robe.array for robe in robes)}
 
-        def dense_lr(name: str) -> float:
-            spec = own.get(name.partition(MEMBER)[2].partition(".")[0])
-            return config.dense_lr if spec is None or spec.dense_lr is None else spec.dense_lr
+        def lr_of(name: str, rate: Literal["dense_lr", "table_lr"]) -> float:
+            match = _OWNER.search(name)
+            spec = own.get(match["name"]) if match else None
+            lr: float | None = getattr(spec, rate, None)
+            return getattr(config, rate) if lr is None else lr
 
-        def table_lr(name: str) -> float:
-            spec = own.get(name.partition(TABLE)[2].partition(TABLE_SEPARATOR)[0])
-            return config.table_lr if spec is None or spec.table_lr is None else spec.table_lr
-
-        parts.append(("dense", _keyed(rest, dense_lr, torch.optim.AdamW, weight_decay=config.weight_decay, fused=True)))
+        dense = _groups(rest, functools.partial(lr_of, rate="dense_lr"))
+        adam = torch.optim.AdamW(dense, weight_decay=config.weight_decay, fused=True)
+        parts.append(("dense", KeyedOptimizerWrapper(rest, lambda _: adam)))
         if replicated:
             kind = RowWiseAdagrad if config.tables == "rowwise_adagrad" else torch.optim.Adagrad
-            parts.append(("replicated_tables", _keyed(replicated, table_lr, kind, eps=config.table_eps)))
+            groups = _groups(replicated, functools.partial(lr_of, rate="table_lr"))
+            adagrad = kind(groups, eps=config.table_eps)
+            parts.append(("replicated_tables", KeyedOptimizerWrapper(replicated, lambda _: adagrad)))
+        if arrays:
+            groups = _groups(arrays, functools.partial(lr_of, rate="table_lr"))
+            elementwise = torch.optim.Adagrad(groups, eps=config.table_eps, fused=True)
+            parts.append(("arrays", KeyedOptimizerWrapper(arrays, lambda _: elementwise)))
+            for robe in robes:
+                if dist.get_world_size() == 1 and robe.array.device.type == "cpu":
+                    robe.fuse(elementwise)
         self.combined = CombinedOptimizer(parts)
         self._base_lrs = [group["lr"] for group in self.combined.param_groups]
         _make_state(parts[1][1])
@@ -116,18 +135,12 @@ def own_table_lrs(tables: nn.Module, members: Sequence[MemberSpec]) -> None:
             weight._optimizer_kwargs = [{"learning_rate": lr}]  # type: ignore[attr-defined]
 
 
-def _keyed(
-    params: dict[str, nn.Parameter],
-    lr_of: Callable[[str], float],
-    kind: type[torch.optim.Optimizer],
-    **options: Any,
-) -> KeyedOptimizer:
-    """One optimizer, with a group of parameters for each learning rate."""
+def _groups(params: dict[str, nn.Parameter], lr_of: Callable[[str], float]) -> list[dict[str, Any]]:
+    """A group of parameters for each learning rate."""
     by_lr: dict[float, list[nn.Parameter]] = {}
     for name, parameter in params.items():
         by_lr.setdefault(lr_of(name), []).append(parameter)
-    groups = [{"params": group, "lr": lr} for lr, group in by_lr.items()]
-    return KeyedOptimizerWrapper(params, lambda _: kind(groups, **options))
+    return [{"params": group, "lr": lr} for lr, group in by_lr.items()]
 
 
 def _make_state(adam: KeyedOptimizer) -> None:

@@ -86,9 +86,11 @@ def train_here(configs: Sequence[TrainConfig]) -> list[Outcome]:
     return [outcome for outcome in outcomes if outcome is not None]
 
 
-def train_on_ranks(world_size: int, configs: Sequence[TrainConfig], folder: Path) -> list[Outcome]:
-    """Train one config after another on `world_size` gloo ranks."""
-    on_ranks(world_size, _train_all, list(configs), folder / "outcomes.pt")
+def train_on_ranks(
+    world_size: int, configs: Sequence[TrainConfig], folder: Path, *, ranks_per_node: int | None = None
+) -> list[Outcome]:
+    """Train one config after another on `world_size` gloo ranks, in nodes of `ranks_per_node`, or one node."""
+    on_ranks(world_size, _train_all, list(configs), folder / "outcomes.pt", ranks_per_node=ranks_per_node)
     return torch.load(folder / "outcomes.pt", weights_only=False)
 
 
@@ -98,17 +100,27 @@ def _train_all(world: World, configs: list[TrainConfig], path: Path) -> None:
         torch.save(outcomes, path)
 
 
-def on_ranks(world_size: int, work: Callable[..., None], *arguments: Any) -> None:
-    """Call `work(world, *arguments)` on gloo ranks, each a process of its own; `work` is a module's function."""
-    mp.start_processes(_rank, args=(world_size, free_port(), work, arguments), nprocs=world_size, start_method="spawn")
+def on_ranks(
+    world_size: int, work: Callable[..., None], *arguments: Any, ranks_per_node: int | None = None
+) -> None:
+    """Call `work(world, *arguments)` on gloo ranks, each a process of its own; `work` is a module's function.
+
+    Nodes of `ranks_per_node` are simulated: this machine plays all of them.
+    """
+    local_size = ranks_per_node or world_size
+    mp.start_processes(
+        _rank, args=(world_size, local_size, free_port(), work, arguments), nprocs=world_size, start_method="spawn"
+    )
 
 
-def _rank(rank: int, world_size: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, world_size: int, local_size: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
     names = {
         "RANK": rank,
-        "LOCAL_RANK": rank,
+        "LOCAL_RANK": rank % local_size,
         "WORLD_SIZE": world_size,
-        "LOCAL_WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": local_size,
         "MASTER_PORT": port,
     }
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
