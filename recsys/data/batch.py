@@ -19,7 +19,7 @@ class Batch(Pipelineable):
     dense: Tensor
     """[B, num_dense] float32, finite."""
     sparse: KeyedJaggedTensor
-    """Ids of every feature, in schema order."""
+    """Ids of every feature, in schema order: int32, or int64 where they are raw."""
     labels: Tensor
     """[B] float32, 0 or 1."""
     weights: Tensor
@@ -88,7 +88,8 @@ class BatchMaker:
 
     def __init__(self, layout: Layout, batch_size: int, multi_hot: MultiHot | None = None) -> None:
         self.features = list(layout.sparse)
-        self.num_floats = layout.num_floats
+        self.num_floats, self.num_dense = layout.num_floats, layout.num_dense
+        self.has_long_ids = layout.ids.itemsize == 8
         self.batch_size = batch_size
         self.multi_hot = multi_hot
         # Copies from page-locked memory to a CUDA device overlap with its work.
@@ -110,8 +111,10 @@ class BatchMaker:
         floats, ids = blocks.tensor_split([self.num_floats * self.batch_size], dim=1)
         columns = floats.view(torch.float32).view(len(blocks), self.num_floats, self.batch_size)
         labels, weights = columns[:, 0], columns[:, 1]
-        dense = self.empty(len(blocks), self.batch_size, self.num_floats - 2, dtype=torch.float32)
-        dense.copy_(columns[:, 2:].transpose(1, 2))
+        dense = self.empty(len(blocks), self.batch_size, self.num_dense, dtype=torch.float32)
+        dense.copy_(columns[:, 2 : 2 + self.num_dense].transpose(1, 2))
+        if self.has_long_ids:
+            ids = ids.view(torch.int64)
         for step in range(len(blocks)):
             yield Batch(
                 dense=dense[step],

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recsys.data.schema import Schema
+from recsys.data.schema import RAW, Schema
 from recsys.place import is_local
 
 Types = tuple[pa.DataType, ...]
@@ -44,11 +44,18 @@ def rules_of(schema: Schema) -> dict[str, Rule]:
         rules[schema.weight] = Rule((pa.float32(),), _wrong_weights, "weights that are negative or not finite")
     rules |= dict.fromkeys(schema.dense, Rule((pa.float32(),), _not_finite, "values that are not finite"))
     for feature, num_ids in schema.sparse.items():
+        if num_ids == RAW:
+            rules[feature] = Rule((pa.int64(),), _none, "")
+            continue
         types: Types = (pa.int32(),)
         if hotness := schema.hotness.get(feature):
             types = tuple(pa.list_(pa.field("element", pa.int32(), nullable), hotness) for nullable in (False, True))
         rules[feature] = Rule(types, partial(_outside, num_ids), f"ids outside [0, {num_ids:,})")
     return rules
+
+
+def _none(values: np.ndarray) -> np.ndarray:
+    return np.zeros(len(values), dtype=bool)
 
 
 def _wrong_weights(values: np.ndarray) -> np.ndarray:
@@ -144,7 +151,7 @@ def check_vocabulary_statistics(name: str, file: pq.ParquetFile) -> Iterator[str
     """What the footer tells of a vocabulary's values."""
     num_keys = file.metadata.num_rows
     rules = {
-        "key": Rule(VOCABULARY_COLUMNS["key"], lambda keys: np.zeros(len(keys), dtype=bool), ""),
+        "key": Rule(VOCABULARY_COLUMNS["key"], _none, ""),
         "id": Rule(VOCABULARY_COLUMNS["id"], lambda ids: _outside(num_keys, ids - 1), f"ids outside [1, {num_keys:,}]"),
         "count": Rule(VOCABULARY_COLUMNS["count"], lambda counts: counts < 1, "counts less than 1"),
     }

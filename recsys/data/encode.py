@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from recsys.config import write_whole
 from recsys.data.ingest import PartOfLog, read_part
+from recsys.data.raw_ids import raw_ids
 from recsys.data.schema import SPLITS, Schema
 from recsys.place import whole
 
@@ -29,7 +30,8 @@ class EncodeJob:
     """Of the part in the log; it numbers the files."""
     schema: Schema
     remaps: dict[str, tuple[Path, int, int]]
-    """Of each feature: its remap, and where in it this part's entries begin and how many there are."""
+    """Of each feature: its remap, and where in it this part's entries begin and how many there are. Features whose ids
+    are raw have none."""
     group_rows: int
     """Rows that a row group should have."""
     folder: Path
@@ -48,8 +50,12 @@ def encode(job: EncodeJob, advance: Callable[[int], None]) -> dict[str, Any]:
     columns = {}
     for name in (job.schema.labels[0], *([job.schema.weight] if job.schema.weight else []), *job.schema.dense):
         columns[name] = batch.column(name)
-    for name, (path, begin, size) in job.remaps.items():
-        ids = np.fromfile(path, dtype="<i4", count=size, offset=4 * begin)
+    for name in job.schema.sparse:
+        if name in job.remaps:
+            path, begin, size = job.remaps[name]
+            ids = np.fromfile(path, dtype="<i4", count=size, offset=4 * begin)
+        else:
+            ids = raw_ids(batch.column(name).dictionary)
         columns[name] = pc.take(pa.array(ids), batch.column(name).indices, boundscheck=False)
     if not is_sorted:
         rows = pa.array(order)

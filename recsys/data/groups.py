@@ -1,8 +1,9 @@
 """Row groups of a prepared split: which there are, and one decoded to a block of int32.
 
 A block holds n rows column by column: label, weight, dense, then sparse in the schema's order. A float32 column keeps
-its bits, and a multi-hot feature is one column of n * hotness values, row after row. Blocks of row groups and those of
-batches are laid out alike, so a batch is put together by few copies, and its ids stand as a KeyedJaggedTensor has them.
+its bits, and a multi-hot feature is one column of n * hotness values, row after row; a raw id takes two int32. Blocks
+of row groups and those of batches are laid out alike, so a batch is put together by few copies, and its ids stand as a
+KeyedJaggedTensor has them.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys.config import InputError
-from recsys.data.schema import Schema
+from recsys.data.schema import RAW, Schema
 from recsys.place import is_local
 
 
@@ -45,13 +46,19 @@ class Layout:
     """Where the columns of a schema stand in a block."""
 
     def __init__(self, schema: Schema) -> None:
-        self.floats = (schema.labels[0], schema.weight, *schema.dense)
+        self.floats = [schema.labels[0], schema.weight, *schema.dense]
+        self.num_dense = len(schema.dense)
+        self.ids = np.dtype(np.int64 if schema.raw else np.int32)
+        if schema.raw and len(self.floats) % 2:
+            self.floats.append(None)  # so that ids of 8 bytes stand at multiples of 8
         self.sparse = {feature: schema.hotness.get(feature, 1) for feature in schema.sparse}
+        self.num_ids = schema.sparse
         self.num_floats = len(self.floats)
-        self.width = self.num_floats + sum(self.sparse.values())
+        words = {feature: hotness * self.ids.itemsize // 4 for feature, hotness in self.sparse.items()}
+        self.width = self.num_floats + sum(words.values())
         self.runs: list[Run] = []
         begin = 0
-        for width, columns in groupby([1] * self.num_floats + list(self.sparse.values())):
+        for width, columns in groupby([1] * self.num_floats + list(words.values())):
             num_columns = len(list(columns))
             self.runs.append(Run(begin, num_columns, width))
             begin += num_columns * width
@@ -78,15 +85,19 @@ class Layout:
         block = memory[: self.width * group.num_rows]
         at = 0
         for name, hotness in [*((name, 1) for name in self.floats), *self.sparse.items()]:
-            column = block[at : at + hotness * group.num_rows]
+            kind = self.ids if name in self.sparse else np.dtype(np.float32)
+            column = block[at : at + hotness * group.num_rows * kind.itemsize // 4]
             at += len(column)
             if name is None:
                 column.view(np.float32)[:] = 1.0
                 continue
-            kind = np.int32 if name in self.sparse else np.float32
-            values = _values(group, name, table.column(name)).astype(kind, copy=False).view(np.int32)
+            column = column.view(kind)
+            values = _values(group, name, table.column(name))
             if len(values) != len(column):
                 raise InputError(f"{group.path}: column {name!r} has not {hotness} values in every row; prepare again")
+            if name in self.sparse:
+                _check_values(group, name, values, self.num_ids[name])
+            values = values.astype(kind, copy=False)
             if order is None:
                 column[:] = values
             elif hotness == 1:
@@ -106,6 +117,26 @@ def _values(group: RowGroup, name: str, column: pa.ChunkedArray) -> np.ndarray:
     if chunk.null_count:
         raise InputError(f"{group.path}, row group {group.index}: column {name!r} has rows without a value")
     return chunk.to_numpy()
+
+
+def _check_values(group: RowGroup, feature: str, ids: np.ndarray, num_ids: int) -> None:
+    """Look at every id: a file may have no statistics, or wrong ones."""
+    if ids.dtype.kind not in "iu":
+        raise InputError(
+            f"{group.path}, row group {group.index}: column {feature} holds {ids.dtype}, not ids; prepare again"
+        )
+    if num_ids == RAW or not len(ids):
+        return
+    if ids.dtype.itemsize < 4:
+        ids = ids.astype(np.int32)
+    # Read as unsigned, an id below 0 is one above all that there can be, so one pass finds both.
+    if ids.view(np.uint32 if ids.dtype.itemsize == 4 else np.uint64).max() < num_ids:
+        return
+    at = int(((ids < 0) | (ids >= num_ids)).argmax())
+    raise InputError(
+        f"{group.path}, row group {group.index}, row {at * group.num_rows // len(ids)}: column {feature} holds id "
+        f"{ids[at]}, but schema.json gives it {num_ids:,} ids; prepare again"
+    )
 
 
 @lru_cache(maxsize=64)
@@ -160,6 +191,8 @@ def _check_ids(path: Path, metadata: pq.FileMetaData, schema: Schema) -> None:
     # A list's values are a column `name.list.element`.
     columns = {metadata.schema.column(i).path.split(".")[0]: i for i in range(metadata.num_columns)}
     for feature, num_ids in schema.sparse.items():
+        if num_ids == RAW:
+            continue
         for group in range(metadata.num_row_groups):
             statistics = metadata.row_group(group).column(columns[feature]).statistics
             if (

@@ -60,7 +60,7 @@ class MultiHot:
         seed: of all companions.
 
     Raises:
-        InputError: the schema is multi-hot already, sizes do not fit it, or the distribution is unknown.
+        InputError: the schema is multi-hot already or has raw ids, sizes do not fit it, or the distribution is unknown.
     """
 
     def __init__(self, schema: Schema, sizes: tuple[int, ...], distribution: str, seed: int) -> None:
@@ -170,6 +170,10 @@ def _key(seed: int, feature: str) -> int:
 def _check(schema: Schema, sizes: tuple[int, ...], distribution: str) -> None:
     if distribution not in DISTRIBUTIONS:
         raise InputError(f"unknown distribution {distribution!r}; {nearest(distribution, DISTRIBUTIONS)}")
+    if schema.raw:
+        raise InputError(
+            f"ids of feature {schema.raw[0]!r} are raw; multi-hot ids are drawn from those of a vocabulary"
+        )
     if schema.hotness:
         feature, hotness = next(iter(schema.hotness.items()))
         raise InputError(

@@ -1,7 +1,8 @@
 """Prepare: raw click logs to Parquet and schema.json, in bounded memory, restartable at any point.
 
-Stages: ingest (by file), vocabulary (by column), encode (by part), verify. Each job of a stage leaves its results under
-their final names only when they are whole, and beside them a small file of facts; a job whose facts are there is done.
+Stages: ingest (by file), vocabulary (by column; not where ids are raw), encode (by part), verify. Each job of a stage
+leaves its results under their final names only when they are whole, and beside them a small file of facts; a job whose
+facts are there is done.
 So the same command, run again after whatever ended it, goes on where it was, and ends with the same bytes. All of it
 happens in a folder beside `out` that takes its name only at the end: a prepared folder is always a whole one.
 """
@@ -26,7 +27,7 @@ from recsys.data.engine import Kernel, run
 from recsys.data.ingest import MAX_EXAMPLES, IngestJob, PartOfLog, fingerprint, ingest, part_path, too_many
 from recsys.data.manifest import MANIFEST, TIMINGS
 from recsys.data.raw import check_readable
-from recsys.data.schema import SPLITS, Schema
+from recsys.data.schema import RAW, SPLITS, Schema
 from recsys.data.settings import BASE_BYTES, INGEST_BYTES, PrepareConfig
 from recsys.data.split import intervals
 from recsys.data.verify import verify
@@ -81,7 +82,7 @@ class Preparation:
         """Run what is not done yet, and give the folder its name."""
         files = self._ingest()
         parts = self._parts(files)
-        schema = self._vocabulary(parts)
+        schema = self._schema(parts)
         self._encode(parts, schema)
         self.manifest = self._manifest(files, schema)
         self._verify()
@@ -159,8 +160,21 @@ class Preparation:
             for start, size in zip(starts, rows, strict=False)
         ]
 
-    def _vocabulary(self, parts: list[PartOfLog]) -> Schema:
-        """Give ids to the values of every category; returns the schema that follows."""
+    def _schema(self, parts: list[PartOfLog]) -> Schema:
+        """Write the schema, for which every category's values need ids, unless they are ids themselves."""
+        is_raw = self.config.vocabulary == "raw"
+        schema = Schema(
+            name=self.raw.name,
+            dense=self.rules.dense,
+            sparse=dict.fromkeys(self.rules.keys, RAW) if is_raw else self._vocabulary(parts),
+            labels=(self.raw.label,),
+            weight=self.rules.weight,
+        )
+        schema.save(self.data)
+        return schema
+
+    def _vocabulary(self, parts: list[PartOfLog]) -> dict[str, int]:
+        """Give ids to the values of every category; returns how many each has, 0 included."""
         folder, out = self._stage_folder("vocabulary"), self.data / "vocabulary"
         out.mkdir(exist_ok=True)
         caps, threshold = self.config.caps(self.raw), self.config.threshold or self.raw.threshold
@@ -183,15 +197,7 @@ class Preparation:
         with self._stage("vocabulary", total=len(jobs) * len(parts), unit="parts of columns") as advance:
             advance(len(parts) * sum(facts is not None for facts in done))
             facts = self._run(make_vocabulary, jobs, done, advance, memory=VOCABULARY_BYTES)
-        schema = Schema(
-            name=self.raw.name,
-            dense=self.rules.dense,
-            sparse={each["feature"]: each["num_ids"] for each in facts},
-            labels=(self.raw.label,),
-            weight=self.rules.weight,
-        )
-        schema.save(self.data)
-        return schema
+        return {each["feature"]: each["num_ids"] for each in facts}
 
     def _encode(self, parts: list[PartOfLog], schema: Schema) -> None:
         """Write every part's rows by split."""
@@ -200,12 +206,12 @@ class Preparation:
             (self.data / name).mkdir(exist_ok=True)
         num_rows = sum(part.num_rows for part in parts)
         group_rows = min(max(num_rows // TARGET_GROUPS, MIN_GROUP_ROWS), MAX_GROUP_ROWS)
-        starts = dict.fromkeys(schema.sparse, 0)
+        starts = {name: 0 for name in schema.sparse if name not in schema.raw}
         jobs = []
         for i, part in enumerate(parts):
             remaps = {}
-            for name in schema.sparse:
-                remaps[name] = (self.work / "vocabulary" / f"{name}.remap", starts[name], part.num_values[name])
+            for name, start in starts.items():
+                remaps[name] = (self.work / "vocabulary" / f"{name}.remap", start, part.num_values[name])
                 starts[name] += part.num_values[name]
             jobs.append(
                 EncodeJob(

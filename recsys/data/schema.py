@@ -8,6 +8,9 @@ from pathlib import Path
 from recsys.config import InputError, dump, load_file, write_whole
 
 SPLITS = ("train", "valid", "test")
+MAX_NUM_IDS = 2**31 - 1
+RAW = 2**64
+"""Number of ids of a feature whose ids are the log's own values: any 64 bits, read as int64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +22,8 @@ class Schema:
     dense: tuple[str, ...]
     """Dense columns, float32, finite."""
     sparse: dict[str, int]
-    """Feature to number of ids, in field order; ids lie in [0, num_ids), 0 = missing or rare."""
+    """Feature to number of ids, in field order; ids lie in [0, num_ids), 0 = missing or rare. With 2^64 they are raw:
+    any int64, 0 = missing."""
     labels: tuple[str, ...]
     """Label columns."""
     weight: str | None = None
@@ -39,11 +43,23 @@ class Schema:
         for feature, num_ids in self.sparse.items():
             if num_ids < 1:
                 raise ValueError(f"sparse feature {feature!r} has {num_ids} ids; it needs at least id 0")
+            if MAX_NUM_IDS < num_ids != RAW:
+                raise ValueError(
+                    f"sparse feature {feature!r} has {num_ids} ids; {MAX_NUM_IDS:,} at most, or 2^64 (raw)"
+                )
+        if self.raw and len(self.raw) < len(self.sparse):
+            bounded = next(feature for feature in self.sparse if feature not in self.raw)
+            raise ValueError(f"ids of {self.raw[0]!r} are raw, those of {bounded!r} are not; all or none must be")
         for feature, hotness in self.hotness.items():
             if feature not in self.sparse:
                 raise ValueError(f"hotness names {feature!r}, which is no sparse feature")
             if hotness < 1:
                 raise ValueError(f"hotness of {feature!r} is {hotness}; it must be at least 1")
+
+    @property
+    def raw(self) -> tuple[str, ...]:
+        """Features whose ids are raw: all, or none."""
+        return tuple(feature for feature, num_ids in self.sparse.items() if num_ids == RAW)
 
     @property
     def num_fields(self) -> int:

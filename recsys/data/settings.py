@@ -12,10 +12,10 @@ from tyro.conf import Positional
 from recsys.config import InputError, dump
 from recsys.data.formats import RawFormat, format_of, integer_rule
 from recsys.data.ingest import Rules
+from recsys.data.schema import MAX_NUM_IDS
 from recsys.data.split import check_rule
 from recsys.place import Place, is_local
 
-MAX_NUM_IDS = 2**31 - 1
 # Resident memory of the interpreter with its packages, and of the ingest of one part.
 BASE_BYTES = 300 << 20
 INGEST_BYTES = 500 << 20
@@ -44,8 +44,9 @@ class PrepareConfig:
     max_ids: tuple[int, ...] = ()
     """Cap of a feature's ids, id 0 included: one for all, or one a feature in field order. The most frequent values
     keep theirs. The format's own caps when not given."""
-    vocabulary: Literal["count", "hash"] = "count"
-    """count: ids by frequency. hash: value modulo the cap, without counting, as MLPerf does; needs caps."""
+    vocabulary: Literal["count", "hash", "raw"] = "count"
+    """count: ids by frequency. hash: value modulo the cap, without counting, as MLPerf does; needs caps. raw: ids are
+    the values themselves, 64 bits, without counting; for dynamic embeddings."""
     integers: str | None = None
     """Rule for integer columns: log1p and log3 give dense features, log_squared_bucket gives categories. The format's
     own rule when not given."""
@@ -119,6 +120,11 @@ class PrepareConfig:
         return tuple(sorted(files, key=_natural) if files == sorted(files, key=str) else files)
 
     def _check_caps(self, raw: RawFormat) -> None:
+        for name, given in (("--threshold", self.threshold is not None), ("--max-ids", self.max_ids)):
+            if self.vocabulary == "raw" and given:
+                raise InputError(f"{name} means nothing to --vocabulary raw, which keeps every value; leave it out")
+        if self.vocabulary == "raw":
+            return
         caps = self.caps(raw)
         for feature, cap in caps.items():
             if cap is None and self.vocabulary == "hash":

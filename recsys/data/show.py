@@ -12,10 +12,11 @@ from tyro.conf import Positional
 
 from recsys.config import InputError, dump, write_whole
 from recsys.data.profile import DenseProfile, Profile, SparseProfile, TopValue, profile
+from recsys.data.schema import RAW
 from recsys.place import Place
 
 NO_TERMINAL_WIDTH = 120
-UNKNOWN = "-"
+UNKNOWN, RAW_IDS = "-", "raw"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ def _sparse_table(features: list[SparseProfile]) -> Table:
     for feature in features:
         table.add_row(
             Text(feature.name if feature.hotness == 1 else f"{feature.name} x{feature.hotness}"),
-            f"{feature.num_ids:,}",
+            RAW_IDS if feature.num_ids == RAW else f"{feature.num_ids:,}",
             _share(feature.null_share),
             _share(feature.rare_share),
             f"{feature.effective_ids:,.1f}",

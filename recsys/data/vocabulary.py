@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from recsys.config import InputError, write_whole
 from recsys.data.ingest import SPLIT, PartOfLog, read_part
-from recsys.data.settings import MAX_NUM_IDS
+from recsys.data.schema import MAX_NUM_IDS
 from recsys.data.split import TRAIN
 from recsys.place import whole
 
