@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from recsys.config import InputError, load_file, nearest
 
 GIB = 2**30
@@ -19,16 +21,20 @@ class Rates:
 
     What is None takes no time.
 
-    seconds = call_us calls + field_us fields + id_ns ids + memory bytes / memory_gbs
+    seconds = call_us calls + peer_us peers + field_us fields + id_ns ids + memory bytes / memory_gbs
               + max(bytes within the node / node_gbs, bytes between nodes / network_gbs)
+
+    On a CPU, whose cores copy what goes over either link, the sum of both takes the place of the slower.
     """
 
     call_us: float = 0.0
     """A kernel or collective."""
+    peer_us: float = 0.0
+    """Another rank of a collective."""
     field_us: float = 0.0
     """A shard of a table that takes part."""
     id_ns: float = 0.0
-    """An id."""
+    """An id, or a row's count of ids."""
     memory_gbs: float | None = None
     """Gigabytes a second from and to the memory where tables lie."""
     node_gbs: float | None = None
@@ -37,7 +43,7 @@ class Rates:
     """Gigabytes a second between nodes, for each rank and way."""
 
     def __post_init__(self) -> None:
-        for name in ("call_us", "field_us", "id_ns"):
+        for name in ("call_us", "peer_us", "field_us", "id_ns"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} {getattr(self, name)} must not be negative")
         for name in ("memory_gbs", "node_gbs", "network_gbs"):
@@ -179,10 +185,20 @@ class Cluster:
         """As `parse_cluster` reads it."""
         return f"{self.hardware.name}x{self.ranks_per_node}x{self.nodes}"
 
-    @property
-    def slowdown(self) -> float:
-        """How much longer things take because ranks share cores."""
-        return max(1.0, self.ranks_per_node / self.hardware.cores) if self.hardware.cores else 1.0
+    def shared(self, seconds: np.ndarray) -> np.ndarray:
+        """What phases take [ranks, phases] that would take `seconds` if every rank had a core of its own.
+
+        Ranks that share cores slow one another as far as they work at once: a node ends a phase no sooner than its
+        busiest rank would alone, nor than all of its cores could have done all of its work.
+        """
+        cores = self.hardware.cores
+        if not cores or self.ranks_per_node <= cores:
+            return seconds
+        nodes = seconds.reshape(self.nodes, self.ranks_per_node, -1)
+        busiest = nodes.max(axis=1, keepdims=True)
+        longer = nodes.sum(axis=1, keepdims=True) / cores / np.maximum(busiest, 1e-30)
+        slowed: np.ndarray = (nodes * np.maximum(longer, 1.0)).reshape(seconds.shape)
+        return slowed
 
     def group(self, replicas: int) -> "Cluster":
         """The ranks that hold one copy of the tables, where `replicas` groups hold one each.

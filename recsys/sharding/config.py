@@ -27,6 +27,8 @@ class ShardingConfig:
     """Use this plan, of `recsys plan` or changed by hand, and look for no other."""
     proposer: Proposer = "search"
     """Who looks for a plan: our own search, or one of TorchRec's proposers with our prices."""
+    proposer_minutes: float = 10.0
+    """What one of TorchRec's proposers may take, by estimate; those that would take longer do not begin."""
     hardware: str | None = None
     """Hardware profile (or a YAML file) by which plans are priced; that of this machine if left out."""
     reserve: float = RESERVE
@@ -44,6 +46,8 @@ class ShardingConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.reserve < 1:
             raise ValueError(f"reserve {self.reserve} must lie in [0, 1)")
+        if not self.proposer_minutes > 0:
+            raise ValueError(f"proposer_minutes {self.proposer_minutes} must be above 0")
         for name in ("replicas", "sync_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")

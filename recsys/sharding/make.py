@@ -60,4 +60,4 @@ def make_plan(model: CostModel, config: ShardingConfig, advance: Callable[..., A
     # TorchRec takes seconds to import, and few need its proposers.
     from recsys.sharding.proposers import propose  # noqa: PLC0415
 
-    return propose(model, rules, config.reserve, config.proposer)
+    return propose(model, rules, config.reserve, config.proposer, config.proposer_minutes)

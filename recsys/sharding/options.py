@@ -7,10 +7,9 @@ import numpy as np
 
 from recsys.sharding.constraints import Allowed
 from recsys.sharding.cost import CostModel, Tables
-from recsys.sharding.plan import Shard, TablePlan, even
-
-MIN_COLUMNS = 4
-"""FBGEMM wants rows of a multiple of 16 bytes."""
+from recsys.sharding.plan import TablePlan
+from recsys.sharding.tiling import MIN_COLUMNS, Shard, even
+from recsys.sharding.work import Cost
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,11 @@ class Options:
     Attributes:
         options: O of them.
         possible: [T, O] whether a table may have an option.
-        rest, node, network: seconds of one shard by phase [T, O, phases].
+        work: seconds of one shard [T, O, 3, phases], on links within nodes, between nodes, and of all else.
         bytes: of one shard by memory [T, O, memories].
         seconds: of one shard, phases together [T, O].
-        total: of all shards of the table [T, O].
+        num_shards: of each option [O].
+        total: seconds of all shards of the table [T, O].
     """
 
     def __init__(self, model: CostModel, rules: Sequence[Allowed]) -> None:
@@ -61,11 +61,9 @@ class Options:
             ranks = self.rows_over(option, model)
             rows = np.ceil(tables.rows / ranks)
             costs.append(model.shards(option.sharding_type, option.kernel, tables, rows, tables.dim / option.columns))
-        self.rest, self.node, self.network = (
-            np.stack([getattr(cost, name) for cost in costs], axis=1) for name in ("rest", "node", "network")
-        )
+        self.work = np.stack([work_of(cost) for cost in costs], axis=1)
         self.bytes = np.stack([cost.bytes.sum(axis=1) for cost in costs], axis=1)
-        self.seconds = (self.rest + np.maximum(self.node, self.network)).sum(axis=2)
+        self.seconds = np.stack([cost.seconds.sum(axis=1) for cost in costs], axis=1)
         shards = np.array([option.columns * self.rows_over(option, model) for option in self.options])
         shards = np.where([option.reach == "world" for option in self.options], group.world_size, shards)
         self.num_shards = shards
@@ -77,6 +75,11 @@ class Options:
         if option.sharding_type == "row_wise":
             return model.group.world_size
         return model.group.ranks_per_node if option.reach == "node" else 1
+
+
+def work_of(cost: Cost) -> np.ndarray:
+    """Seconds [n, 3, phases] on links within nodes, between nodes, and of all else."""
+    return np.stack([cost.node, cost.network, cost.rest], axis=1)
 
 
 def _kernel_of(option: Option, rule: Allowed) -> bool:
@@ -100,10 +103,8 @@ def _options(rules: Sequence[Allowed], local: int, nodes: int, dim: int) -> list
             ("grid_shard", nodes, "node"),
         ):
             if name in types:
-                counts = [count for count in parts if count <= limit] if limit > 1 else []
-                # One part where the type cannot split here: on one rank, column-wise is a table in one piece.
-                counts = counts if name in ("column_wise", "table_column_wise", "grid_shard") and counts else [1]
-                found += [Option(name, kernel, count, reach) for count in counts]
+                # One part too: a small table in one piece under the type that others need saves collectives.
+                found += [Option(name, kernel, count, reach) for count in (1, *parts) if count <= limit]
     return found
 
 

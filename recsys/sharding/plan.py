@@ -1,7 +1,6 @@
 """The plan: where each table lives, as an object that is saved, read, changed by hand and checked."""
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,12 +179,6 @@ class Plan:
                 f"{where}: tables are split within nodes of {self.ranks_per_node} ranks, the job's nodes have "
                 f"{ranks_per_node}; plan again"
             )
-
-
-def even(total: int, parts: int) -> list[int]:
-    """Sizes of `parts` parts of `total`, all as large as the first but the last ones; TorchRec cuts rows so."""
-    size = math.ceil(total / parts)
-    return [max(0, min(size, total - index * size)) for index in range(parts)]
 
 
 def _no_name_twice(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner, MemoryBalancedPartitioner
 from torchrec.distributed.planner.proposers import (
-    MAX_PROPOSALS,
     DynamicProgrammingProposer,
     GreedyProposer,
     GridSearchProposer,
@@ -30,7 +29,6 @@ from torchrec.distributed.planner.types import (
     ShardEstimator,
     ShardingOption,
     Storage,
-    Topology,
     TopologyFactory,
     TrainerConfig,
 )
@@ -39,30 +37,17 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from recsys.config import InputError
-from recsys.sharding.cluster import PHASES
+from recsys.sharding.cluster import PHASES, Cluster
 from recsys.sharding.constraints import Allowed
 from recsys.sharding.cost import CostModel, Tables
-from recsys.sharding.options import MIN_COLUMNS
-from recsys.sharding.plan import KERNELS, TYPES, Plan, Shard, TablePlan
+from recsys.sharding.patience import COLUMN_PARTS, bins_a_rank, check_patience
+from recsys.sharding.plan import KERNELS, TYPES, Plan, TablePlan
+from recsys.sharding.tiling import MIN_COLUMNS, Shard
 from recsys.sharding.torchrec import TableSharder
-
-COLUMN_PARTS = 4
-"""Parts that columns are cut into at most; TorchRec considers one width for each table."""
-MINUTES = 10.0
-"""What a proposer may take, by estimate."""
-BINS = 4096
-"""Of memory, over all ranks, between which dynamic programming tells plans apart; at most 100 a rank, TorchRec's own."""
-
-# Seconds on one core of a server: a shard that is priced and copied, that a proposal places, and a step of dynamic
-# programming (a table, an option and a bin).
-SHARD_S, PLACE_S, STEP_S = 60e-6, 12e-6, 0.25e-6
-SEARCHES = 11
-"""Times that the memory-balanced partitioner places each proposal, at most."""
+from recsys.sharding.workload import Workload
 
 
-def propose(
-    model: CostModel, rules: Sequence[Allowed], reserve: float, proposer: str, minutes: float = MINUTES
-) -> Plan:
+def propose(model: CostModel, rules: Sequence[Allowed], reserve: float, proposer: str, minutes: float = 10.0) -> Plan:
     """Plan as one of TorchRec's proposers would, on a cluster that exists on paper alone.
 
     Args:
@@ -70,18 +55,12 @@ def propose(
         rules: what each table may have, in the workload's order.
         reserve: share of device memory that stays free.
         proposer: greedy, uniform, grid_search, dynamic_programming or memory_balanced.
-        minutes: that it may take by estimate.
+        minutes: that it may take, by estimate.
 
     Raises:
-        InputError: it would take longer, or found no plan that fits.
+        InputError: it would take longer, or finds no plan that fits.
     """
-    expected = _minutes(model, rules, proposer)
-    if expected > minutes:
-        raise InputError(
-            f"TorchRec's {proposer} would take about {_duration(expected)} for {len(rules):,} tables on "
-            f"{model.group.world_size:,} ranks, more than the {minutes:g} minutes of --sharding.proposer-minutes; use "
-            "--sharding.proposer search, which takes seconds, or fewer --sharding.types"
-        )
+    check_patience(model, rules, proposer, minutes)
     with _quiet(), torch.device("meta"):
         planner = _planner(model, rules, reserve, proposer)
         module = EmbeddingBagCollection(
@@ -101,15 +80,20 @@ def propose(
                 "--sharding.kernels"
             ) from None
     assert words is not None, "the collection is the whole module"
-    plan = Plan(
-        tables={table.name: _table_plan(words[table.name]) for table in model.workload.tables},
-        shapes={table.name: (table.rows, table.dim) for table in model.workload.tables},
-        world_size=model.group.world_size,
-        ranks_per_node=model.group.ranks_per_node,
-        replicas=model.replicas,
-    )
+    plan = plan_of(words, model.workload, model.group, model.replicas)
     plan.check(f"TorchRec's {proposer}")
     return plan
+
+
+def plan_of(words: Mapping[str, ParameterSharding], workload: Workload, group: Cluster, replicas: int = 1) -> Plan:
+    """What TorchRec planned for the tables of a workload on a group of ranks, in our words."""
+    return Plan(
+        tables={table.name: _table_plan(words[table.name]) for table in workload.tables},
+        shapes={table.name: (table.rows, table.dim) for table in workload.tables},
+        world_size=group.world_size,
+        ranks_per_node=group.ranks_per_node,
+        replicas=replicas,
+    )
 
 
 def _table_plan(words: ParameterSharding) -> TablePlan:
@@ -155,7 +139,7 @@ def _planner(model: CostModel, rules: Sequence[Allowed], reserve: float, propose
         "memory_balanced": GreedyProposer,
         "uniform": UniformProposer,
         "grid_search": GridSearchProposer,
-        "dynamic_programming": lambda: DynamicProgrammingProposer(max(1, min(100, BINS // world))),
+        "dynamic_programming": lambda: DynamicProgrammingProposer(bins_a_rank(world)),
     }
     return EmbeddingShardingPlanner(
         topology=topology,
@@ -255,44 +239,8 @@ class _Rating(PerfModel):
             np.add.at(total, ranks, part[at])
         calls = prices.model.calls({option.sharding_type for option in plan})
         links = np.maximum(node + every.node, network + every.network)
-        return float((rest + every.rest + calls + links).max(axis=0).sum() * 1e3)
-
-
-def _minutes(model: CostModel, rules: Sequence[Allowed], proposer: str) -> float:
-    """How long a proposer takes, about; infinite where TorchRec would not begin."""
-    world, local = model.group.world_size, model.group.ranks_per_node
-    shards_of = {
-        "data_parallel": world,
-        "row_wise": world,
-        "table_wise": 1,
-        "table_row_wise": local,
-        "column_wise": COLUMN_PARTS,
-        "table_column_wise": COLUMN_PARTS,
-        "grid_shard": COLUMN_PARTS * local,
-    }
-    shards, most, proposals, grid, steps = 0, 0, 1, 1, 0
-    for rule in rules:
-        options = [(name, kernel) for name in rule.types for kernel in (rule.kernels if name != "data_parallel" else " ")]
-        shards += sum(shards_of[name] for name, _ in options)
-        most += max(shards_of[name] for name, _ in options)
-        proposals += len(options) - 1
-        grid *= len(options)
-        steps += len(options)
-    bins = min(100 * world, max(BINS, world))
-    seconds = {
-        "greedy": proposals * most * PLACE_S,
-        "memory_balanced": SEARCHES * proposals * most * PLACE_S,
-        "uniform": len(TYPES) * most * PLACE_S,
-        "grid_search": grid * most * PLACE_S if grid <= MAX_PROPOSALS else math.inf,
-        "dynamic_programming": steps * bins * STEP_S + bins * most * PLACE_S,
-    }[proposer]
-    return (shards * SHARD_S + seconds) / 60
-
-
-def _duration(minutes: float) -> str:
-    if math.isinf(minutes):
-        return f"forever (TorchRec tries no more than {MAX_PROPOSALS:,} combinations)"
-    return f"{minutes:,.0f} minutes" if minutes < 120 else f"{minutes / 60:,.0f} hours"
+        seconds = prices.model.group.shared(rest + every.rest + calls + links)
+        return float(seconds.max(axis=0).sum() * 1e3)
 
 
 @contextmanager

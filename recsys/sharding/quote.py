@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from recsys.sharding.cluster import GIB, PHASES, Cluster
-from recsys.sharding.cost import MEMORIES, PARTS, CostModel, Tables
+from recsys.sharding.cost import CostModel, Tables
 from recsys.sharding.plan import Plan
+from recsys.sharding.work import MEMORIES, PARTS
 from recsys.sharding.workload import Workload
 
 RESERVE = 0.1
@@ -143,6 +144,7 @@ def quote(plan: Plan, model: CostModel, *, reserve: float = RESERVE) -> Quote:
         for total, part in ((rest, cost.rest), (node, cost.node), (network, cost.network), (held, cost.bytes)):
             np.add.at(total, ranks, part)
     seconds = rest + every.rest + calls + np.maximum(node + every.node, network + every.network)
+    seconds = group.shared(seconds)
     return Quote(
         workload=workload,
         cluster=model.cluster,

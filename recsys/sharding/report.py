@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from recsys.sharding.cluster import GIB, PHASES
-from recsys.sharding.cost import MEMORIES, PARTS
 from recsys.sharding.plan import Plan, TablePlan
 from recsys.sharding.quote import Quote
+from recsys.sharding.work import MEMORIES, PARTS
 
 MOST_COLUMNS, MOST_ROWS = 64, 64
 """Of a heat map; more tables or ranks are drawn together."""

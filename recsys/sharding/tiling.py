@@ -1,5 +1,8 @@
 """Tiles: a table's shards cover it once, in the form that its sharding type has."""
 
+import math
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 from recsys.config import InputError
@@ -9,6 +12,9 @@ if TYPE_CHECKING:
 
 COLUMN_TYPES = frozenset({"column_wise", "table_column_wise", "grid_shard"})
 """Types that split columns: under row-wise Adagrad each part would keep accumulators of its own."""
+ROW_TYPES = frozenset({"row_wise", "table_row_wise", "grid_shard"})
+MIN_COLUMNS = 4
+"""FBGEMM wants rows of a multiple of 16 bytes."""
 
 
 class Shard(NamedTuple):
@@ -88,7 +94,7 @@ def _check_form(table: "TablePlan", world_size: int, ranks_per_node: int, where:
         raise InputError(f"{where}: table_wise is one shard, not {len(shards)}")
     if splits_columns and kind not in COLUMN_TYPES:
         raise InputError(f"{where}: {kind} does not split columns; column_wise does")
-    if splits_rows and kind not in ("row_wise", "table_row_wise", "grid_shard"):
+    if splits_rows and kind not in ROW_TYPES:
         raise InputError(f"{where}: {kind} does not split rows; row_wise does")
     if kind == "row_wise" and ranks != list(range(world_size)):
         raise InputError(f"{where}: row_wise has a shard on every rank, in order, if an empty one")
@@ -100,3 +106,28 @@ def _check_form(table: "TablePlan", world_size: int, ranks_per_node: int, where:
             first = held[0] // ranks_per_node * ranks_per_node
             if held != list(range(first, first + ranks_per_node)):
                 raise InputError(f"{where}: {kind} splits rows over all ranks of a node, in order")
+    for shard in shards:
+        if shard.columns % MIN_COLUMNS and kind in COLUMN_TYPES:
+            raise InputError(f"{where}: a part of {shard.columns} columns; parts take a multiple of {MIN_COLUMNS}")
+    if kind in ROW_TYPES:
+        _check_even(table, shards, where)
+
+
+def _check_even(table: "TablePlan", shards: Sequence[Shard], where: str) -> None:
+    """TorchRec finds the rank of a row by division, whatever the plan says, and would train rows that are not there."""
+    for column in {shard.column for shard in shards}:
+        parts = [shard for shard in shards if shard.column == column]
+        sizes = even(sum(shard.rows for shard in parts), len(parts))
+        begins = [0, *accumulate(sizes)]
+        for shard, begin, size in zip(parts, begins, sizes, strict=False):
+            if (shard.row, shard.rows) != (begin, size):
+                raise InputError(
+                    f"{where}: rank {shard.rank} has {shard.rows} rows from {shard.row}; {table.sharding_type} cuts "
+                    f"rows evenly and in the order of ranks, so that it has {size} from {begin}"
+                )
+
+
+def even(total: int, parts: int) -> list[int]:
+    """Sizes of `parts` parts of `total`, all as large as the first but the last ones; TorchRec cuts rows so."""
+    size = math.ceil(total / parts)
+    return [max(0, min(size, total - index * size)) for index in range(parts)]

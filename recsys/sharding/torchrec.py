@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import nn
 from torch.distributed._shard.metadata import ShardMetadata
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.planner.utils import placement
 from torchrec.distributed.types import (
@@ -64,6 +66,24 @@ def check_device(config: ShardingConfig, device: torch.device) -> None:
             f"--sharding.replicas {config.replicas}: TorchRec's 2-D parallelism (DMPCollection) needs CUDA devices; "
             "leave it at 1 here, and plan it by `recsys plan --sharding.replicas`"
         )
+
+
+def mend_empty(module: nn.Module) -> None:
+    """Let ranks hold no row of a table, or of any, on a CPU: row-wise tables of few rows leave such ranks.
+
+    FBGEMM tells tables apart by where their rows begin, so that one without rows passes for a part of the next and, in
+    the last place, for one that ends somewhere in foreign memory: updates go astray. So each counts as having a row at
+    least, which is in nobody's ids. And it takes weights without elements for a sign that it runs on a GPU.
+    """
+    sharded = [part for part in module.modules() if isinstance(part, ShardedEmbeddingBagCollection)]
+    for part in (part for collection in sharded for lookup in collection._lookups for part in lookup.modules()):
+        if not isinstance(part, SplitTableBatchedEmbeddingBagsCodegen) or not part.use_cpu:
+            continue
+        begins = [0, *accumulate(max(rows, 1) for rows, *_ in part.embedding_specs)]
+        begins = [*(begins[table] for table in part.feature_table_map), begins[-1]]
+        part.hash_size_cumsum.copy_(torch.tensor(begins))
+        if not part.weights_host.numel():
+            part.weights_host = nn.Parameter(part.weights_host.new_zeros(part.max_D))
 
 
 def comm_codecs(config: ShardingConfig, device: torch.device) -> Mapping[str, QuantizedCommCodecs] | None:
