@@ -49,7 +49,7 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     for verb, what in cli.VERBS.items():
         assert verb in help_text
         assert what in help_text
-        assert callable(getattr(cli, f"_{verb}"))
+        assert callable(getattr(cli, f"_{verb.replace('-', '_')}"))
 
 
 def test_no_verb_shows_help_and_fails(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from recsys.planning.config import Changes
 from recsys.planning.workloads import workload_of
 from recsys.recipes.table_sets import SCHEMAS, synthetic_10k
 from recsys.sharding.cluster import HARDWARE, Cluster
-from recsys.sharding.cost import PARTS
+from recsys.sharding.work import PARTS
 from recsys.sharding.plan import Plan
 from recsys.sharding.workload import TableSpec, Workload
 

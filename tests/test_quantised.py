@@ -7,7 +7,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.config import InputError
 from recsys.embeddings import quantised
-from recsys.embeddings.config import EmbeddingConfig, Owner, served_dtype
+from recsys.embeddings.config import EmbeddingConfig, Owner, TableDtype, served_dtype
 from recsys.embeddings.init import init_tables
 from recsys.embeddings.quantised import BITS, quantise_tables, quantised_rows
 from recsys.embeddings.tables import Tables
@@ -59,7 +59,7 @@ def test_rows_are_those_of_the_reference(dtype: str, kind: str) -> None:
         np.testing.assert_array_equal(unpacked(values[index].numpy(), bits), integers)
 
 
-def tables_of(dims: dict[str, int], dtype: str = "fp32") -> Tables:
+def tables_of(dims: dict[str, int], dtype: TableDtype = "fp32") -> Tables:
     owners = [
         Owner(name=name, seed=name, config=EmbeddingConfig(embedding_dim=dim, table_dtype=dtype))
         for name, dim in dims.items()
@@ -115,6 +115,22 @@ def test_lookups_are_those_of_values_read_back(dtype: str, hotness: int, kind: t
         np.testing.assert_allclose(found.numpy(), wanted, atol=1e-5, rtol=0)
         if dtype == "fp32":
             assert torch.equal(found, exact)
+
+
+@pytest.mark.parametrize("dtype", BITS)
+@pytest.mark.parametrize("hotness", [1, 4])
+def test_kernels_of_shards_look_up_as_a_whole_collection(dtype: str, hotness: int) -> None:
+    tables, batch = tables_of(DIMS), ids(hotness)
+    weights = [weight.detach() for weight in tables.parameters()]
+    bags = quantised.QuantisedBags(weights, range(len(weights)), quantised.PoolingMode.SUM, served_dtype(dtype))
+    quantise_tables(tables, served_dtype(dtype))
+    expected = torch.cat([x_BFD.flatten(1) for x_BFD in tables(batch)], dim=1)
+    together = KeyedJaggedTensor(
+        keys=[f"{number}" for number in range(len(weights))],
+        values=batch.values().repeat(len(DIMS)),
+        lengths=batch.lengths().repeat(len(DIMS)),
+    )
+    assert torch.equal(bags(together), expected)
 
 
 # Half a step of the integers, and what fp16 rounds off scale (times the largest integer) and bias.

@@ -14,9 +14,9 @@ from recsys.config import write_whole
 from recsys.page import PAGE, table, tag
 from recsys.place import whole
 from recsys.sharding.cluster import GIB, PHASES
-from recsys.sharding.cost import PARTS
 from recsys.sharding.quote import Quote
 from recsys.sharding.report import Heat
+from recsys.sharding.work import PARTS
 
 DPI = 120
 # The palette of Okabe & Ito (2008), which the colour-blind can tell apart.

@@ -16,7 +16,7 @@ from recsys.model import RecModel
 from recsys.sharding.here import cluster_here
 from recsys.sharding.make import cost_model, make_plan
 from recsys.sharding.plan import Plan
-from recsys.sharding.torchrec import TableSharder, check_device, comm_codecs, sharding_plan
+from recsys.sharding.torchrec import TableSharder, check_device, comm_codecs, mend_empty, sharding_plan
 from recsys.tasks.click import ClickTask
 from recsys.training.config import TrainConfig
 from recsys.training.optim import own_table_lrs
@@ -73,9 +73,11 @@ def _distribute(task: ClickTask, plan: Plan, sharder: TableSharder, world: World
             use_inter_host_allreduce=world.size > world.local_size,
         )
     # On one rank there are no gradients to average, and members lie on the device already (`choose`).
-    return DistributedModelParallel(
+    sharded = DistributedModelParallel(
         task, device=world.device, plan=words, sharders=[sharder], init_data_parallel=world.size > 1
     )
+    mend_empty(sharded)
+    return sharded
 
 
 def held_out(config: TrainConfig, split: str, world: World) -> Loader:

@@ -174,8 +174,8 @@ def test_what_this_machine_cannot_do_is_refused(
 
 
 def test_a_cuda_device_may_do_all_of_it() -> None:
-    for dtype in ("fp16", "bf16"):
-        check_precision([EmbeddingConfig(table_dtype=dtype, stochastic_rounding=True), EmbeddingConfig()], CUDA)
+    for low in (EmbeddingConfig(table_dtype="fp16"), EmbeddingConfig(table_dtype="bf16")):
+        check_precision([dataclasses.replace(low, stochastic_rounding=True), EmbeddingConfig()], CUDA)
     with pytest.raises(InputError, match="all tables are fp32"):
         check_precision([EmbeddingConfig(stochastic_rounding=True)], CUDA)
 
@@ -196,10 +196,8 @@ def test_what_a_cpu_ignores_is_refused(name: str, value: float) -> None:
 
 
 def test_replicated_tables_of_other_owners_may_be_in_the_plan() -> None:
-    owners = {
-        name: Owner(name=name, seed="", config=EmbeddingConfig(table_dtype=dtype))
-        for name, dtype in (("a", "fp32"), ("b", "fp16"))
-    }
+    configs = {"a": EmbeddingConfig(), "b": EmbeddingConfig(table_dtype="fp16")}
+    owners = {name: Owner(name=name, seed="", config=config) for name, config in configs.items()}
     check_replicated({"a/x": "data_parallel", "b/x": "row_wise"}, owners)
     with pytest.raises(InputError, match="table b/x is fp16 and data_parallel"):
         check_replicated({"b/x": "data_parallel"}, owners)
@@ -225,7 +223,8 @@ def test_shared_tables_have_one_precision(prepared: Path) -> None:
 def test_fp16_weights_of_unsharded_tables_start_alike(prepared: Path) -> None:
     from recsys.embeddings.tables import Tables
 
-    owners = [Owner(name="m", seed="s", config=EmbeddingConfig(table_dtype=dtype)) for dtype in ("fp32", "fp16")]
+    configs = EmbeddingConfig(), EmbeddingConfig(table_dtype="fp16")
+    owners = [Owner(name="m", seed="s", config=config) for config in configs]
     one, other = (Tables(Schema.load(prepared).sparse, [owner]).to_empty(device="cpu") for owner in owners)
     for tables in (one, other):
         init_tables(tables, lambda table: (table, 0.1))

@@ -25,6 +25,7 @@ from recsys.training.predictions import load_predictions
 from recsys.training.trainer import Trainer
 from tests.distributed.jobs import on_ranks, small_config
 
+pytestmark = pytest.mark.filterwarnings("ignore:fbgemm..dense_embedding_codegen_lookup_function")
 # Tables of several widths, of which none but the first's fill whole bytes by pairs in int2.
 MEMBERS = ("dcnv2", "wukong:embedding_dim=12", "rankmixer:embedding_dim=20,table_dtype=fp16")
 INTEGERS = ("int8", "int4", "int2")
@@ -50,7 +51,11 @@ def runs(prepared: Path, world: World, tmp_path_factory: pytest.TempPathFactory)
         "table_wise": {"members": MEMBERS},
         "row_wise": {"members": MEMBERS, "sharding": "row_wise"},
         "data_parallel": {"members": MEMBERS[:2], "sharding": "data_parallel"},
-        "column_wise": {"members": MEMBERS, "sharding": "column_wise", "table_optimizer": "adagrad"},
+        "column_wise": {
+            "members": ("dcnv2", "wukong:embedding_dim=16"),
+            "sharding": "column_wise",
+            "table_optimizer": "adagrad",
+        },
         "multi-hot": {
             "members": MEMBERS,
             "loader": LoaderConfig(multi_hot="pareto", multi_hot_sizes=tuple(1 + field % 3 for field in range(26))),
@@ -68,7 +73,6 @@ def logits(run: Path, world: World, dtype: str | None) -> np.ndarray:
     return predictions.logits_NM
 
 
-@pytest.mark.filterwarnings("ignore:fbgemm..dense_embedding_codegen_lookup_function")
 @pytest.mark.parametrize("kind", ["table_wise", "row_wise", "data_parallel", "column_wise", "multi-hot"])
 def test_fp32_changes_nothing_and_fewer_bits_change_more(kind: str, runs: dict[str, Path], world: World) -> None:
     before = logits(runs[kind], world, None)
@@ -97,44 +101,49 @@ def test_metrics_and_bytes_are_told(runs: dict[str, Path], world: World, tmp_pat
     assert values["metrics"]["merged"]["logloss"] == found.metrics["merged"].logloss
 
 
-@pytest.mark.parametrize("kind", ["table_wise", "row_wise", "multi-hot"])
-def test_two_ranks_predict_as_one(kind: str, runs: dict[str, Path], world: World, tmp_path: Path) -> None:
-    on_ranks(2, _predict, runs[kind], tmp_path, ["int4", "fp16"])
-    for dtype in ("int4", "fp16"):
-        found, _, _ = load_predictions(tmp_path / f"{dtype}.parquet")
-        answer(PredictConfig(run=runs[kind], out=tmp_path / "one.parquet", tables=dtype), world)
-        one, _, _ = load_predictions(tmp_path / "one.parquet")
-        np.testing.assert_allclose(found.logits_NM, one.logits_NM, atol=1e-5, rtol=0)
+# What is asked of two ranks, in one job: run and dtype.
+ASKED = [("table_wise", "int4"), ("row_wise", "int4"), ("multi-hot", "int8"), ("column_wise", "fp16")]
 
 
-def _predict(world: World, run: Path, folder: Path, dtypes: list[str]) -> None:
-    for dtype in dtypes:
-        found = answer(PredictConfig(run=run, out=folder / f"{dtype}.parquet", tables=dtype), world)
-        if world.is_first:
-            assert found is not None
+@pytest.fixture(scope="module")
+def two_ranks(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of what two ranks predict."""
+    folder = tmp_path_factory.mktemp("two")
+    on_ranks(2, _predict, runs, folder)
+    return folder
+
+
+def _predict(world: World, runs: dict[str, Path], folder: Path) -> None:
+    for kind, dtype in ASKED:
+        config = PredictConfig(run=runs[kind], out=folder / f"{kind}.parquet", tables=dtype, batch_size=1024)
+        found = answer(config, world)
+        if found:
             assert found.tables is not None
-            num_ids = sum(json.loads((run / "schema.json").read_text())["sparse"].values())
-            assert found.tables.before == num_ids * (4 * 8 + 4 * 12 + 2 * 20), "bytes of both ranks"
-
-
-def test_scales_of_parts_of_rows_are_refused(runs: dict[str, Path], world: World, tmp_path: Path) -> None:
-    on_ranks(2, _predict_refused, runs["column_wise"], tmp_path)
-    for rank in range(2):
-        told = (tmp_path / f"rank{rank}").read_text()
-        assert "--tables int8: columns of table dcnv2/C1 are on several ranks" in told
-        assert told.endswith("ask on one process")
-    found, _, _ = load_predictions(tmp_path / "fp16.parquet")
-    answer(PredictConfig(run=runs["column_wise"], out=tmp_path / "one.parquet", tables="fp16"), world)
-    one, _, _ = load_predictions(tmp_path / "one.parquet")
-    np.testing.assert_allclose(found.logits_NM, one.logits_NM, atol=1e-5, rtol=0)
-
-
-def _predict_refused(world: World, run: Path, folder: Path) -> None:
-    answer(PredictConfig(run=run, out=folder / "fp16.parquet", tables="fp16"), world)
+            (folder / f"{kind}.bytes").write_text(str(found.tables.before))
     try:
-        answer(PredictConfig(run=run, out=folder / "none.parquet", tables="int8"), world)
+        answer(PredictConfig(run=runs["column_wise"], out=folder / "none.parquet", tables="int8"), world)
     except InputError as error:
-        (folder / f"rank{world.rank}").write_text(str(error))
+        (folder / f"refused{world.rank}").write_text(str(error))
+
+
+@pytest.mark.parametrize(("kind", "dtype"), ASKED)
+def test_two_ranks_predict_as_one(
+    kind: str, dtype: str, two_ranks: Path, runs: dict[str, Path], world: World, tmp_path: Path
+) -> None:
+    config = PredictConfig(run=runs[kind], out=tmp_path / "one.parquet", tables=dtype, batch_size=1024)
+    found = answer(config, world)
+    assert found is not None
+    assert found.tables is not None
+    assert int((two_ranks / f"{kind}.bytes").read_text()) == found.tables.before, "bytes of both ranks"
+    one, two = (load_predictions(path)[0] for path in (config.out, two_ranks / f"{kind}.parquet"))
+    np.testing.assert_allclose(two.logits_NM, one.logits_NM, atol=1e-5, rtol=0)
+
+
+def test_scales_of_parts_of_rows_are_refused(two_ranks: Path) -> None:
+    for rank in range(2):
+        told = (two_ranks / f"refused{rank}").read_text()
+        assert told.startswith("--tables int8: columns of table dcnv2/C1 are on several ranks")
+        assert told.endswith("ask on one process")
 
 
 def test_a_merged_run_is_quantised_as_its_members(
