@@ -87,14 +87,14 @@ def contender(sparse: dict[str, int], config: EmbeddingConfig, world: World) -> 
         tables = embeddings.by_kind["tables"].tables
         on_rank = {table.name: table_wise(rank=0, compute_kernel="fused") for table in tables.embedding_bag_configs()}  # type: ignore[operator, union-attr]
         words = construct_module_sharding_plan(tables, on_rank, sharder, 1, 1, world.device.type)
-        module = DistributedModelParallel(
+        sharded = module = DistributedModelParallel(
             embeddings,
             device=world.device,
             plan=ShardingPlan({"by_kind.tables.tables": words}),
             sharders=[sharder],
             init_data_parallel=False,
         )
-        assert module.fused_optimizer.params, "else gradients are dense"
+        assert sharded.fused_optimizer.params, "else gradients are dense"
         init_tables(module, embeddings.table_start)
     for part in embeddings.modules():
         if isinstance(part, RobeArray):

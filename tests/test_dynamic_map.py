@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from recsys.config import InputError
+from recsys.embeddings.config import EmbeddingConfig
 from recsys.embeddings.dynamic_kernels import LARGEST_SCORE, MISSING_ROW, UNSEEN_ROW
 from recsys.embeddings.dynamic_map import RESERVED_ROWS, IdMap, MapRules, resized
+from recsys.members import parse_members
 
 WORD = 2**64
 
@@ -372,3 +375,26 @@ def test_a_feature_of_few_ids_gets_no_more_rows_than_it_can_use() -> None:
     assert own.of_feature(2**64) == own
     made = whole(own.of_feature(3))
     assert (learn(made, [1, 2]) >= RESERVED_ROWS).all()
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": 0}, "rows 0 must be at least 48, one a map_bucket"),
+        ({"rows": 9, "map_buckets": 10}, "rows 9 must be at least 10, one a map_bucket"),
+        ({"rows": 2**31}, "rows 2147483648 must be at most 2,147,483,645"),
+        ({"admission": -1}, "admission -1 must be at least 0"),
+        ({"eviction_interval": 0}, "eviction_interval 0 must be at least 1"),
+        ({"map_buckets": 0}, "map_buckets 0 must be at least 1"),
+        ({"eviction": "lfo"}, "unknown eviction 'lfo'; did you mean"),
+    ],
+)
+def test_rules_that_cannot_be_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EmbeddingConfig(**change)
+    (name, value), *others = reversed(change.items())
+    with pytest.raises(InputError, match=f"member 'dcnv2:.*{name}"):
+        parse_members([f"dcnv2:{name}={value}"] if not others else ["dcnv2:rows=9,map_buckets=10"], 0)

@@ -59,7 +59,7 @@ def reference(array: list[float], robe: RobeHash, bags: Bags, grad_BFD: list) ->
         for b in range(bags.num_rows):
             bag = column * bags.num_rows + b
             for v in ids[offsets[bag] : offsets[bag + 1]]:
-                row = v + int(robe.first_rows_F[f])
+                row = v % 2**64 + int(robe.first_rows_F[f])
                 for i in range(D):
                     a, b_, c = robe.places
                     index = ((a * row + b_ * (i // Z) + c) % P) % (m - Z + 1) + i % Z
@@ -91,12 +91,17 @@ def test_values_and_gradients_are_those_of_the_formula(place, hot: str, sign: bo
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_nothing_overflows_beyond_the_largest_tables(place, dtype: torch.dtype) -> None:
-    sparse = dict.fromkeys(SPARSE, 2**31 - 1)
-    robe = hash_of(16, 8, True, sparse, compression=1e8)
-    assert robe.first_rows_F.tolist() == [0, (2**31 - 1) % P, (2**32 - 2) % P]
-    ids = torch.tensor([2**31 - 2, 2**31 - 3, P, P - 1, 0, 1], dtype=dtype)
+@pytest.mark.parametrize(
+    ("num_ids", "compression", "ids"),
+    [
+        (2**31 - 1, 1e8, torch.tensor([2**31 - 2, 2**31 - 3, P, P - 1, 0, 1], dtype=torch.int32)),
+        (2**31 - 1, 1e8, torch.tensor([2**31 - 2, 2**31 - 3, P, P - 1, 0, 1])),
+        (2**64, 1e18, torch.tensor([2**63 - 1, -1, -(2**63), P - 1, 0, 2**40])),
+    ],
+)
+def test_nothing_overflows(place, num_ids: int, compression: float, ids: Tensor) -> None:
+    robe = hash_of(16, 8, True, dict.fromkeys(SPARSE, num_ids), compression)
+    assert robe.first_rows_F.tolist() == [0, num_ids % P, 2 * num_ids % P]
     bags = Bags(ids, torch.arange(7, dtype=torch.int32), [2, 1, 0], 2)
     array_m, grad_BFD = whole_numbers(robe.num_floats), whole_numbers(2, 3, 16, seed=1)
     x_BFD, lookup = place.look_up(array_m, robe, bags)
@@ -278,11 +283,15 @@ def test_ids_of_no_row_are_refused() -> None:
 # Adagrad within the backward
 
 
+@pytest.mark.parametrize("share", [0.0, 2.0])
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("block_size", [1, 8, 32])
-def test_a_fused_update_is_that_of_the_dense_optimizer(threads: Any, num_threads: int, block_size: int) -> None:
+def test_a_fused_update_is_that_of_the_dense_optimizer(
+    threads: Any, monkeypatch: pytest.MonkeyPatch, share: float, num_threads: int, block_size: int
+) -> None:
     threads(num_threads)
-    sparse = dict.fromkeys(SPARSE, 400)
+    monkeypatch.setattr(robe_machine, "SHARE", share)  # whether all lines are updated, or only those that are touched
+    sparse = dict.fromkeys(SPARSE, 999)  # the last line of the array is not a whole one
     pair = [Robe(sparse, [owner(block_size=block_size, compression=4, sign=True)]) for _ in range(2)]
     fused, dense = (array_of(robe) for robe in pair)
     optimizers = [torch.optim.Adagrad(robe.parameters(), lr=0.1, eps=1e-6, fused=True) for robe in pair]
@@ -290,7 +299,7 @@ def test_a_fused_update_is_that_of_the_dense_optimizer(threads: Any, num_threads
     start = fused.array.detach().clone()
     for step in range(6):
         bags = bags_of([[step % 2 + 1] * 20] * 3, sparse)
-        bags.ids_L.add_(step * 7).remainder_(400)
+        bags.ids_L.add_(step * 7).remainder_(999)
         for robe, optimizer in zip(pair, optimizers, strict=True):
             optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
             (x_BFD,) = robe(ids_of(bags, sparse))

@@ -167,6 +167,23 @@ def test_ranks_that_share_cores_slow_one_another_as_far_as_they_work_at_once() -
     assert gpus.shared(seconds) is seconds
 
 
+def test_quotes_are_of_ranks_that_share_cores_and_of_cores_that_serve_both_links() -> None:
+    case = Case("table_row_wise", 64, 10, 16, 2, TWO)
+    workload = case.workload(ROWS)
+    plan = case.plan(workload)
+
+    def priced(**figures: int) -> np.ndarray:
+        ran = Cluster(hardware=replace(TRUE, **figures), ranks_per_node=2, nodes=2)
+        return quote(plan, CostModel(workload, ran)).seconds
+
+    alone = priced(cores=0)
+    assert priced(cores=1).max(axis=0) == pytest.approx(2 * alone.max(axis=0))
+    at = PHASES.index("gradient_dist")
+    # Two stages of one peer each, a shard, 2048 bytes within the node and 1024 between nodes.
+    expected = 2 * 350e-6 + 2 * 250e-6 + 5e-6 + 2048 / 0.6e9 + 1024 / 0.2e9
+    assert alone[0, at] == pytest.approx(expected)
+
+
 def test_nodes_share_no_cores_with_one_another() -> None:
     nodes = Cluster(hardware=replace(CPU, cores=1), ranks_per_node=2, nodes=2)
     assert nodes.shared(np.array([[1.0], [1.0], [1.0], [0.0]]))[:, 0].tolist() == [2.0, 2.0, 1.0, 0.0]
@@ -288,6 +305,7 @@ def test_configs_survive_json() -> None:
         (["--ranks", "2", "-1"], "--ranks -1 must be at least 1"),
         (["--dims", "6"], "--dims 6 must be a multiple of 4"),
         (["--repeats", "2"], "--repeats 2 must be at least 3"),
+        (["--rounds", "0"], "--rounds 0 must be at least 1"),
         (["--seconds", "0"], "--seconds 0.0 must be above 0"),
         (["--out", "nowhere/out.json"], "--out nowhere/out.json: no folder nowhere; make it first"),
         (["--picture", "nowhere/out.png"], "--picture nowhere/out.png: no folder nowhere; make it first"),

@@ -119,7 +119,7 @@ def _find(ids: Ids, robe: Hash, num_starts: np.uint32, starts: np.ndarray, first
             at = np.int64(ids.ends[U(b * num_fields + f)]) * num_blocks
             bag = ids.columns_F[f] * num_rows + b
             for n in range(ids.offsets[U(bag)], ids.offsets[U(bag + 1)]):
-                row = (U(ids.ids_L[U(n)]) + U(robe.first_rows_F[f])) % U(P)
+                row = _plus(U(ids.ids_L[U(n)]) % U(P), U(robe.first_rows_F[f]))
                 key = (U(robe.places[0]) * row + U(robe.places[2])) % U(P)
                 sign_key = (U(robe.signs[0]) * row + U(robe.signs[2])) % U(P)
                 for j in range(num_blocks):
@@ -219,27 +219,42 @@ def _add(
 def adagrad(
     array_m: np.ndarray, squares_m: np.ndarray, sums: Sum, lr: np.float32, eps: np.float32, stretch: tuple[int, int]
 ) -> None:
-    """Update touched lines in a `stretch` of the array by Adagrad; then the gradient is 0 and nothing is touched.
+    """Update a `stretch` of the array by Adagrad; then the gradient is 0 and nothing is touched.
 
-    Elsewhere the gradient is 0, by which neither the array nor the sums of squares would change.
+    Only touched lines, if it is known which these are: elsewhere the gradient is 0, by which nothing changes.
     """
-    grad_m, touched = sums
-    for line in range(stretch[0] // LINE, -(-stretch[1] // LINE)):
+    begin, end = stretch
+    touched = sums.touched
+    if not touched.size:
+        _update(array_m, squares_m, sums.grad_m, lr, eps, begin, end)
+    for line in range(begin // LINE, -(-end // LINE) if touched.size else 0):
         if line + AHEAD < touched.size and touched[U(line + AHEAD)]:
             at = (line + AHEAD) * LINE
             _prefetch(array_m, at)
             _prefetch(squares_m, at)
-            _prefetch(grad_m, at)
-        if not touched[U(line)]:
-            continue
-        touched[U(line)] = False
-        for at in range(line * LINE, min(line * LINE + LINE, stretch[1])):
-            grad = grad_m[U(at)]
-            total = squares_m[U(at)] + grad * grad
-            squares_m[U(at)] = total
-            # Unlike /, np.divide does not look whether it divides by 0, and so is done on vectors.
-            array_m[U(at)] -= lr * np.divide(grad, np.sqrt(total) + eps)
-            grad_m[U(at)] = FLOAT(0)
+            _prefetch(sums.grad_m, at)
+        if touched[U(line)]:
+            touched[U(line)] = False
+            _update(array_m, squares_m, sums.grad_m, lr, eps, line * LINE, min(line * LINE + LINE, end))
+
+
+@inlined
+def _update(
+    array_m: np.ndarray,
+    squares_m: np.ndarray,
+    grad_m: np.ndarray,
+    lr: np.float32,
+    eps: np.float32,
+    begin: int,
+    end: int,
+) -> None:
+    for at in range(begin, end):
+        grad = grad_m[U(at)]
+        total = squares_m[U(at)] + grad * grad
+        squares_m[U(at)] = total
+        # Unlike /, np.divide does not look whether it divides by 0, and so is done on vectors.
+        array_m[U(at)] -= lr * np.divide(grad, np.sqrt(total) + eps)
+        grad_m[U(at)] = FLOAT(0)
 
 
 @inlined

@@ -14,6 +14,10 @@ from torch import Tensor
 from recsys.embeddings import robe_kernels as kernels
 from recsys.embeddings.robe_hash import Bags, RobeHash
 
+NOTHING = np.empty(0, np.bool_)
+SHARE = 0.2
+"""Of an array's lines: where a batch touches more, all are updated, one after another, which memory is fast at."""
+
 
 class Lookup(NamedTuple):
     """What a lookup leaves for its gradient."""
@@ -64,7 +68,7 @@ def look_up(array_m: Tensor, robe: RobeHash, bags: Bags) -> tuple[Tensor, Lookup
 def gradient(robe: RobeHash, lookup: Lookup, grad_BFD: Tensor) -> Tensor:
     """Gradient of the whole array, from that of what was looked up."""
     grad_m = torch.zeros(robe.num_floats)
-    sums = kernels.Sum(grad_m.numpy(), np.empty(0, np.bool_))
+    sums = kernels.Sum(grad_m.numpy(), NOTHING)
     _on_threads(
         kernels.add_gradient,
         (sums, grad_BFD.contiguous().numpy(), *lookup, robe.block_size),
@@ -81,6 +85,9 @@ def zero(robe: RobeHash) -> kernels.Sum:
 def update(array_m: Tensor, sums: kernels.Sum, robe: RobeHash, lookup: Lookup, grad_BFD: Tensor, rates: Rates) -> None:
     """Update the array by Adagrad: squares += g^2, array -= lr g / (sqrt(squares) + eps); `sums` is `zero` again."""
     stretches = _stretches(robe.num_floats, kernels.LINE)
+    num_touched = lookup.starts_LJ.size * (min(robe.block_size, robe.dim) / kernels.LINE + 1)
+    if num_touched > SHARE * sums.touched.size:
+        sums = kernels.Sum(sums.grad_m, NOTHING)
     _on_threads(kernels.add_gradient, (sums, grad_BFD.contiguous().numpy(), *lookup, robe.block_size), stretches)
     values = (array_m.detach().numpy(), rates.squares_m.numpy())
     _on_threads(kernels.adagrad, (*values, sums, np.float32(rates.lr), np.float32(rates.eps)), stretches)

@@ -29,7 +29,9 @@ def look_up(array_m: Tensor, robe: RobeHash, bags: Bags) -> tuple[Tensor, Lookup
     given_L = torch.repeat_interleave(bags.offsets.diff(), output_size=len(bags.ids_L))
     features_L = given_L // bags.num_rows
     bags_L = given_L % bags.num_rows * num_fields + fields[features_L]
-    rows_L = (bags.ids_L.long() % P + first_rows[features_L]) % P
+    # Any 64 bits can be an id; like machine code, this reads them without a sign.
+    ids_L = bags.ids_L.long()
+    rows_L = (ids_L % P + (ids_L < 0) * (2**64 % P) + first_rows[features_L]) % P
     starts_LJ = _hashed(rows_L, robe, robe.places) % robe.num_starts
     signs_LJ = (1 - 2 * (_hashed(rows_L, robe, robe.signs) % 2)).float() if robe.signs else None
     # Every stretch of the array that a block can cover, without a copy: a block is one of its rows.

@@ -47,10 +47,11 @@ def allowed(
     check_possible(types, kernels, workload.optimizer, hardware, "--sharding")
     splits_columns = workload.optimizer != "rowwise_adagrad"
     chosen = tuple(types) or tuple(name for name in AUTO_TYPES if splits_columns or name not in COLUMN_TYPES)
-    rules = [Allowed(chosen, tuple(kernels))] * len(workload.tables)
+    default = Allowed(chosen, tuple(kernels))
+    rules = [default] * len(workload.tables)
     names = [table.name for table in workload.tables]
     for text in constraints:
-        pattern, own = _read(text, rules[0])
+        pattern, own = _read(text, default)
         check_possible(own.types, own.kernels, workload.optimizer, hardware, f"--sharding.constraints {text}")
         matched = [index for index, name in enumerate(names) if name == pattern or fnmatch.fnmatchcase(name, pattern)]
         if not matched:

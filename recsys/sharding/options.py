@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from recsys.config import InputError
 from recsys.sharding.constraints import Allowed
 from recsys.sharding.cost import CostModel, Tables
 from recsys.sharding.plan import TablePlan
@@ -36,6 +37,9 @@ class Options:
         model: prices them.
         rules: what each table may have.
 
+    Raises:
+        InputError: there are none.
+
     Attributes:
         options: O of them.
         possible: [T, O] whether a table may have an option.
@@ -50,6 +54,9 @@ class Options:
         specs, group = model.workload.tables, model.group
         tables = Tables.of(specs)
         self.options = _options(rules, group.ranks_per_node, group.nodes, int(tables.dim.max()))
+        if not self.options:
+            kinds = sorted({name for rule in rules for name in (*rule.types, *rule.kernels)})
+            raise InputError(f"no table can be kept under {' and '.join(kinds)} alone; allow table_wise under fused")
         costs = []
         self.possible = np.zeros((len(specs), len(self.options)), dtype=bool)
         of_rule = {rule: np.array([own == rule for own in rules]) for rule in set(rules)}

@@ -106,10 +106,13 @@ class Search:
     def _full(self) -> str:
         least = np.where(self.possible, self.all.bytes[:, :, 0] * self.all.num_shards, np.inf).min(axis=1).sum()
         free = max(self.ground.capacity[0], 0) * self.ground.world
-        return (
-            f"nothing fits: the tables need {least / GIB:,.1f} GiB in all with what they take in a step, and "
-            f"{free / GIB:,.1f} GiB are free on {self.model.cluster.name}"
-        )
+        need = f"nothing fits: the tables need {least / GIB:,.1f} GiB in all with what they take in a step, and "
+        if least <= free:
+            return (
+                f"{need}{free / GIB:,.1f} GiB would be free on {self.model.cluster.name}, though not table by table; "
+                "allow more --sharding.types, such as row_wise"
+            )
+        return f"{need}{free / GIB:,.1f} GiB are free on {self.model.cluster.name}"
 
     def _type_sets(self) -> list[np.ndarray]:
         """Options [T, O] of all types together, and of fewer, since each type that occurs costs collectives."""

@@ -68,6 +68,21 @@ def check_device(config: ShardingConfig, device: torch.device) -> None:
         )
 
 
+def check_kernels(plan: Plan, device: torch.device) -> Plan:
+    """Return the plan, having seen that this machine has its kernels, whatever profile it was priced by.
+
+    Raises:
+        InputError: it has not.
+    """
+    if device.type == "cpu":
+        for name, table in plan.tables.items():
+            if table.kernel not in ("fused", "dense"):
+                raise InputError(
+                    f"table {name} is planned under the kernel {table.kernel}, which needs CUDA devices; use fused here"
+                )
+    return plan
+
+
 def mend_empty(module: nn.Module) -> None:
     """Let ranks hold no row of a table, or of any, on a CPU: row-wise tables of few rows leave such ranks.
 

@@ -6,8 +6,8 @@ import platform
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from recsys.studies.shard_calibrate import Amounts, amounts, fit, predict, profi
 from recsys.studies.shard_cases import Case, Layout, cases, cluster, layouts
 from recsys.studies.shard_config import ShardBenchConfig
 from recsys.studies.shard_figure import draw
+from recsys.studies.shard_measure import by_phase
 from recsys.studies.shard_plans import compare
 from recsys.studies.shard_ranks import lacking, launched, on_ranks, quiet, sweep
 from recsys.studies.shard_report import show
@@ -72,10 +73,8 @@ def _bench(config: ShardBenchConfig, wanted: Sequence[Layout], run: Run, world: 
     every, skipped = _possible(config, wanted, world)
     for what, why in skipped.items() if speaks else ():
         print(f"recsys: {what} left out: {why}", file=sys.stderr)  # noqa: T201
-    measured: list[Measured] = []
-    for layout, points in every.items():
-        records = run(layout, sweep, config, points, config.seconds * _share(layout, list(every)))
-        measured += [_measured(record, config, hardware, world is None) for record in records]
+    records = _sweep(config, every, run)
+    measured = [_measured(record, config, hardware, world is None) for record in records]
     if not measured:
         raise InputError("no case was measured: allow other --types, --dims or --ranks, or more --seconds")
     fitted = calibrate(measured, hardware, config)
@@ -112,6 +111,27 @@ def _possible(
         if points:
             found[layout] = points
     return found, skipped
+
+
+def _sweep(config: ShardBenchConfig, every: Mapping[Layout, Sequence[Case]], run: Run) -> list[dict[str, Any]]:
+    """Measure cases, as many as there is time for; in later rounds those of the first once more."""
+    steps: dict[Case, list[torch.Tensor]] = {}
+    for turn in range(config.rounds):
+        for layout, points in every.items():
+            wanted = [case for case in points if case in steps or not turn]
+            if wanted:
+                seconds = config.seconds / config.rounds * _share(layout, list(every))
+                for case, found in zip(wanted, run(layout, sweep, config, wanted, seconds), strict=False):
+                    steps.setdefault(case, []).append(torch.tensor(found))
+    return [
+        {
+            **asdict(case),
+            "layout": case.layout._asdict(),
+            "steps": sum(map(len, found)),
+            "measured": by_phase(torch.cat(found)),
+        }
+        for case, found in steps.items()
+    ]
 
 
 def _share(layout: Layout, every: Sequence[Layout]) -> float:

@@ -20,7 +20,13 @@ from recsys.sharding.quote import quote
 from recsys.sharding.workload import Workload
 
 FIELDS = tuple(field.name for field in fields(Rates))
-ROUNDS = 30
+ROUNDS = 100
+SETTLED = 1e-4
+"""Relative change of all weights at which a fit is done."""
+CLOSE = 0.05
+"""Distances below this count as this: a case may not draw all weight to itself."""
+NEGLIGIBLE = 1e-9
+"""Seconds below which a phase is not predicted."""
 CACHED = 10
 """How much faster than the profile's memory what lies in caches may be read."""
 
@@ -84,7 +90,11 @@ def amounts(workload: Workload, plan: Plan, cluster: Cluster) -> Amounts:
 
 
 def fit(every: Sequence[Amounts], measured: np.ndarray, phase: str, hardware: Hardware) -> np.ndarray:
-    """Weights [fields and FLOPs], none negative, with the least sum of squared relative errors.
+    """Weights [fields and FLOPs], none negative, with the least sum of how far predictions are off, as factors.
+
+    Non-negative least squares on (p - m) / sqrt(p m), which twice and half as long are equally far by, p being what was
+    predicted by the weights before; each case is then given the less weight the further off it is, so that what is made
+    least is the sum of distances and not of their squares, and a case that was disturbed counts no more than another.
 
     Args:
         every: cases.
@@ -97,17 +107,21 @@ def fit(every: Sequence[Amounts], measured: np.ndarray, phase: str, hardware: Ha
     for index, name in enumerate(FIELDS):
         if name.endswith("_gbs"):
             least[index] = 1 / hardware.memory_gbs / (CACHED if name == "memory_gbs" else 1)
-    weights, chosen = known, b""
+    weights = known
     for _ in range(ROUNDS):
-        rows = np.stack([case.busiest(at, weights) for case in every]) / measured[:, None]
-        if rows.tobytes() == chosen:
-            break
-        chosen = rows.tobytes()
+        rows = np.stack([case.busiest(at, weights) for case in every])
+        predicted = np.maximum(rows @ weights, NEGLIGIBLE)
+        off = np.abs(predicted - measured) / np.sqrt(predicted * measured)
+        rows, wanted = (
+            (values.T / np.sqrt(predicted * measured * np.maximum(off, CLOSE))).T for values in (rows, measured)
+        )
         scale = np.linalg.norm(rows, axis=0)
         seen = scale > 0
         scale[~seen] = 1.0
-        above = nnls(rows / scale, np.maximum(1 - rows @ least, 0.0))[0] / scale
-        weights = np.where(seen, least + above, known)
+        above = nnls(rows / scale, np.maximum(wanted - rows @ least, 0.0))[0] / scale
+        before, weights = weights, np.where(seen, least + above, known)
+        if np.allclose(before, weights, rtol=SETTLED, atol=0.0):
+            break
     return weights
 
 

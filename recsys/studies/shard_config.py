@@ -43,12 +43,15 @@ class ShardBenchConfig:
     """Tables of a case."""
     rows: tuple[int, ...] = (1_000, 100_000, 20_000)
     """Rows of the tables, given to them in turn."""
+    rounds: int = 2
+    """Times that ranks are started anew and all cases measured once more, so that what else the machine does in the
+    meantime meets them all alike."""
     repeats: int = 24
-    """Steps of a case."""
+    """Steps of a case in all rounds together."""
     statistic: Literal["median", "low"] = "median"
     """What counts of them: the median, or the quickest, where other processes disturb the machine now and then."""
     case_seconds: float = 3.0
-    """Take fewer steps where they would last longer, but at least three."""
+    """Take fewer steps where they would last longer, but at least three in each round."""
     compare_plans: bool = False
     """Also measure steps under plans of our search, priced by the fitted profile, and of TorchRec's own planner."""
     seed: int = 0
@@ -70,6 +73,8 @@ class ShardBenchConfig:
                 raise ValueError(f"--dims {dim} must be a multiple of 4: FBGEMM wants rows of a multiple of 16 bytes")
         if self.repeats < 3:
             raise ValueError(f"--repeats {self.repeats} must be at least 3, else noise decides")
+        if self.rounds < 1:
+            raise ValueError(f"--rounds {self.rounds} must be at least 1")
         for name in ("seconds", "case_seconds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be above 0")

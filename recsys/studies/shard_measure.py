@@ -200,7 +200,7 @@ def _on_one_host() -> bool:
 
 
 def by_phase(seconds: Tensor) -> dict[str, dict[str, Any]]:
-    """Of each phase: median, lowest and highest of the slowest rank over steps, and the median of each rank."""
+    """Of each phase: the slowest rank in every step, its median, lowest and highest, and the median of each rank."""
     slowest = seconds.max(dim=1).values
     return {
         phase: {
@@ -208,6 +208,7 @@ def by_phase(seconds: Tensor) -> dict[str, dict[str, Any]]:
             "low": slowest[:, index].min().item(),
             "high": slowest[:, index].max().item(),
             "ranks": seconds[:, :, index].median(dim=0).values.tolist(),
+            "seconds": slowest[:, index].tolist(),
         }
         for index, phase in enumerate(PHASES)
     }

@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,7 @@ from recsys.distributed import World, process_group
 from recsys.progress import progress
 from recsys.studies.shard_cases import Case, Layout
 from recsys.studies.shard_config import ShardBenchConfig
-from recsys.studies.shard_measure import Bench, by_phase
-
-ROUNDS = 3
-"""Each case is measured so many times, the others in between, so that what else the machine does meets all alike."""
+from recsys.studies.shard_measure import Bench
 
 
 def launched() -> bool:
@@ -89,31 +85,23 @@ def quiet() -> Iterator[None]:
             logging.disable(logging.NOTSET)
 
 
-def sweep(world: World, config: ShardBenchConfig, possible: Sequence[Case], seconds: float) -> list[dict[str, Any]]:
-    """Measure cases on these ranks for so many seconds; returns those that there was time for, with `by_phase`."""
-    steps: dict[Case, list[Tensor]] = {}
+def sweep(
+    world: World, config: ShardBenchConfig, possible: Sequence[Case], seconds: float
+) -> list[list[list[list[float]]]]:
+    """Measure cases one after another for so many seconds; returns `Bench.measure` of those that there was time for."""
+    found: list[list[list[list[float]]]] = []
     begin = time.monotonic()
     what = "{1} x {0} ranks".format(*possible[0].layout)
     with progress(what, total=seconds, unit="s", show=world.is_first) as advance:
         seen = 0.0
-        for turn in range(1, ROUNDS + 1):
-            for case in list(steps) or possible:
-                if not _go_on(time.monotonic() - begin < seconds * turn / ROUNDS):
-                    break
-                found = _measure(case, world, config)
-                steps.setdefault(case, []).append(found)
-                now = time.monotonic() - begin
-                advance(min(now, seconds) - min(seen, seconds), f"{len(steps)} of {len(possible)} cases")
-                seen = now
-    return [
-        {
-            **asdict(case),
-            "layout": case.layout._asdict(),
-            "steps": sum(map(len, found)),
-            "measured": by_phase(torch.cat(found)),
-        }
-        for case, found in steps.items()
-    ]
+        for case in possible:
+            if not _go_on(time.monotonic() - begin < seconds):
+                break
+            found.append(_measure(case, world, config).tolist())
+            now = time.monotonic() - begin
+            advance(min(now, seconds) - min(seen, seconds), f"{len(found)} of {len(possible)} cases")
+            seen = now
+    return found
 
 
 def _go_on(yes: bool) -> bool:
@@ -126,4 +114,4 @@ def _go_on(yes: bool) -> bool:
 def _measure(case: Case, world: World, config: ShardBenchConfig) -> Tensor:
     workload = case.workload(config.rows)
     bench = Bench(workload, case.plan(workload), world)
-    return bench.measure(max(3, config.repeats // ROUNDS), config.case_seconds / ROUNDS)
+    return bench.measure(max(3, config.repeats // config.rounds), config.case_seconds / config.rounds)

@@ -16,7 +16,8 @@ from recsys.model import RecModel
 from recsys.sharding.here import cluster_here
 from recsys.sharding.make import cost_model, make_plan
 from recsys.sharding.plan import Plan
-from recsys.sharding.torchrec import TableSharder, check_device, comm_codecs, mend_empty, sharding_plan
+from recsys.sharding.torchrec import TableSharder, check_device, check_kernels, comm_codecs, mend_empty, sharding_plan
+from recsys.sharding.workload import Workload
 from recsys.tasks.click import ClickTask
 from recsys.training.config import TrainConfig
 from recsys.training.optim import own_table_lrs
@@ -46,16 +47,19 @@ def shard(
     model = RecModel(schema, members)
     model.choose(local_batch_size, world.device)
     own_table_lrs(model.embedding, members)
-    check_device(config.sharding, world.device)
-    work = workload(config, schema, model)
-    cluster = cluster_here(config.sharding.hardware, world.device, world.size, world.local_size)
-    plan = on_first(lambda: make_plan(cost_model(work, cluster, config.sharding), config.sharding))
+    plan = on_first(lambda: _plan(config, workload(config, schema, model), world))
     check_replicated({name: table.sharding_type for name, table in plan.tables.items()}, model.embedding.owners)
     sharder = TableSharder(
         fused_params=fused_params(optimizer.fused_params, embeddings, world.device),
         qcomm_codecs_registry=comm_codecs(config.sharding, world.device),
     )
     return Sharded(_distribute(ClickTask(model, config.loss), plan, sharder, world), model, plan)
+
+
+def _plan(config: TrainConfig, work: Workload, world: World) -> Plan:
+    check_device(config.sharding, world.device)
+    cluster = cluster_here(config.sharding.hardware, world.device, world.size, world.local_size)
+    return check_kernels(make_plan(cost_model(work, cluster, config.sharding), config.sharding), world.device)
 
 
 def _distribute(task: ClickTask, plan: Plan, sharder: TableSharder, world: World) -> DistributedModelParallel:

@@ -49,8 +49,11 @@ class Trainer:
         connect(self.task, model.embedding, self.task.fused_optimizer.state_dict()["state"])
         self.members = model.members
         # Where no table is sharded, there are no ids to send ahead, and nothing that TorchRec's pipeline could trace.
+        # Copies of the tables (2-D parallelism) are averaged by `_step`, which counts steps; the pipeline would do so
+        # after every batch of its own accord.
+        alone = {"dmp_collection_sync_interval_batches": None} if self.plan.tables else {}
         pipeline = TrainPipelineSparseDist if self.plan.tables else TrainPipelineBase
-        self.pipeline = pipeline(self.task, self.optimizer.combined, world.device)
+        self.pipeline = pipeline(self.task, self.optimizer.combined, world.device, **alone)
         self.step = 0
 
     def train(self) -> dict[str, ClickMetrics] | None:

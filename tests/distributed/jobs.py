@@ -1,9 +1,12 @@
 """Small training jobs, in this process or on several gloo ranks, and what they leave behind."""
 
 import dataclasses
+import io
+import json
 import os
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +19,7 @@ import torch.multiprocessing as mp
 from recsys.backbones.dcnv2 import DCNv2Config
 from recsys.backbones.rankmixer import RankMixerConfig
 from recsys.backbones.wukong import WukongConfig
+from recsys.cli import main
 from recsys.distributed import World, mean_over_ranks, process_group
 from recsys.members import BackboneConfigs, ModelConfig
 from recsys.sharding.config import ShardingConfig
@@ -100,9 +104,7 @@ def _train_all(world: World, configs: list[TrainConfig], path: Path) -> None:
         torch.save(outcomes, path)
 
 
-def on_ranks(
-    world_size: int, work: Callable[..., None], *arguments: Any, ranks_per_node: int | None = None
-) -> None:
+def on_ranks(world_size: int, work: Callable[..., None], *arguments: Any, ranks_per_node: int | None = None) -> None:
     """Call `work(world, *arguments)` on gloo ranks, each a process of its own; `work` is a module's function.
 
     Nodes of `ranks_per_node` are simulated: this machine plays all of them.
@@ -116,6 +118,13 @@ def on_ranks(
 def _rank(
     rank: int, world_size: int, local_size: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
+    _launched(rank, world_size, local_size, port)
+    with process_group() as world:
+        work(world, *arguments)
+
+
+def _launched(rank: int, world_size: int, local_size: int, port: int) -> None:
+    """Set what torchrun would."""
     names = {
         "RANK": rank,
         "LOCAL_RANK": rank % local_size,
@@ -124,8 +133,24 @@ def _rank(
         "MASTER_PORT": port,
     }
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
-    with process_group() as world:
-        work(world, *arguments)
+
+
+def cli_on_ranks(world_size: int, commands: Sequence[Sequence[str]], folder: Path) -> list[list[tuple[int, str]]]:
+    """Run `recsys` on gloo ranks, one command after another; for each, exit status and stderr of every rank."""
+    ports = [free_port() for _ in commands]
+    mp.start_processes(_cli, args=(world_size, ports, commands, folder), nprocs=world_size, start_method="spawn")
+    by_rank = [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(world_size)]
+    return [[(status, told) for status, told in command] for command in zip(*by_rank, strict=True)]
+
+
+def _cli(rank: int, world_size: int, ports: list[int], commands: Sequence[Sequence[str]], folder: Path) -> None:
+    found = []
+    for port, command in zip(ports, commands, strict=True):
+        _launched(rank, world_size, world_size, port)
+        with redirect_stderr(io.StringIO()) as told:
+            status = main(command)
+        found.append((status, told.getvalue()))
+    (folder / f"told-{rank}.json").write_text(json.dumps(found))
 
 
 def free_port() -> int:

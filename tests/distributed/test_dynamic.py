@@ -119,15 +119,17 @@ def test_members_of_other_rules_or_kinds_train_as_they_do_alone(prepared: Path, 
 # ---- rows that change hands
 
 
+def optimizer_state(trainer: Trainer) -> dict[str, Any]:
+    """Of the tables, by its name."""
+    states = trainer.task.fused_optimizer.state_dict()["state"]
+    return {name: value for values in states.values() for name, value in values.items()}
+
+
 def watch_resets(trainer: Trainer) -> list[int]:
     """After every reset, see that rows are as at first, here; returns a list that grows by how many they were."""
     (group,) = groups(trainer)
     weights = {key.split("embedding_bags.")[-1]: value for key, value in trainer.task.state_dict().items()}
-    states = {
-        name: value
-        for values in trainer.task.fused_optimizer.state_dict()["state"].values()
-        for name, value in values.items()
-    }
+    states = optimizer_state(trainer)
     start = next(part for part in trainer.task.modules() if isinstance(part, Embeddings)).table_start
     reset, seen = group.maps.reset, []
     assert isinstance(reset, FreshRows)
@@ -258,6 +260,7 @@ def test_fewer_rows_keep_the_vectors_of_the_most_used(raw: Path, world: World, s
         {key.split("embedding_bags.")[-1]: value for key, value in trainer.task.state_dict().items()}
         for trainer in (large, small)
     ]
+    states = [optimizer_state(trainer) for trainer in (large, small)]
     num_kept = 0
     for feature, own in groups(large)[0].maps.by_feature.items():
         other = groups(small)[0].maps.by_feature[feature]
@@ -270,6 +273,9 @@ def test_fewer_rows_keep_the_vectors_of_the_most_used(raw: Path, world: World, s
         before, after = (part[f"wukong/{feature}.weight"].local_shards()[0].tensor for part in tables)
         assert torch.equal(after[new[kept]], before[old[kept]])
         assert torch.equal(after[:RESERVED_ROWS], before[:RESERVED_ROWS])
+        before, after = (part[f"wukong/{feature}.momentum1"].local_shards()[0].tensor for part in states)
+        assert torch.equal(after[new[kept]], before[old[kept]])
+        assert after[new[kept]].any()
     assert num_kept > 26 * 30
 
 

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from recsys.data.loader import LoaderConfig
+from recsys.data.prepare import PrepareConfig, prepare
+from recsys.data.schema import Schema
+from recsys.sharding.plan import TYPES
+from recsys.sharding.tiling import COLUMN_TYPES
+from recsys.training.config import TrainConfig
 from tests.distributed.jobs import Outcome, small_config, train_here, train_on_ranks
+from tests.sharding.plans import hand_plan
 
 MEMBERS = ("dcnv2", "wukong", "rankmixer")
 LOSS_TOLERANCE = 1e-5
@@ -20,6 +26,8 @@ PLANS = {
     "column_wise": "adagrad",
     "data_parallel, adagrad": "adagrad",
 }
+# And types in turn, by constraints.
+MIXED = ("dcnv2/*=row_wise", "dcnv2/C?=table_wise", "wukong/*=column_wise", "rankmixer/C1*=data_parallel+row_wise")
 
 
 def assert_same(one: Outcome, other: Outcome) -> None:
@@ -42,7 +50,8 @@ def two_ranks(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         small_config(prepared, members=MEMBERS, sharding=plan.partition(",")[0], table_optimizer=optimizer)
         for plan, optimizer in PLANS.items()
     ]
-    return dict(zip(PLANS, train_on_ranks(2, configs, tmp_path_factory.mktemp("ranks")), strict=True))
+    configs.append(small_config(prepared, members=MEMBERS, constraints=MIXED, table_optimizer="adagrad"))
+    return dict(zip([*PLANS, "mixed"], train_on_ranks(2, configs, tmp_path_factory.mktemp("ranks")), strict=True))
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -51,6 +60,106 @@ def test_two_ranks_under_every_plan_equal_one_rank(
 ) -> None:
     assert two_ranks[plan].sharding_types == {plan.partition(",")[0]}
     assert_same(two_ranks[plan], one_rank[PLANS[plan]])
+
+
+def test_types_mixed_by_constraints_on_two_ranks_equal_one_rank(
+    one_rank: dict[str, Outcome], two_ranks: dict[str, Outcome]
+) -> None:
+    assert two_ranks["mixed"].sharding_types >= {"table_wise", "row_wise", "column_wise"}
+    assert_same(two_ranks["mixed"], one_rank["adagrad"])
+
+
+# By hand on two nodes of two ranks: each type for all tables, and all types in turn; columns are cut into 4 and 12,
+# into halves and not at all, and neighbouring tables lie on other ranks.
+BY_HAND = {**{kind: (kind,) for kind in TYPES}, "all types": TYPES}
+ROW_WISE = ("row_wise", "table_row_wise", "grid_shard")
+
+
+def pinned(data: Path, kinds: tuple[str, ...], nodes: int, ranks_per_node: int, folder: Path) -> TrainConfig:
+    """One member under a plan from a file."""
+    shapes = {f"dcnv2/{feature}": (rows, 16) for feature, rows in Schema.load(data).sparse.items()}
+    path = folder / f"{'-'.join(kinds)}-{nodes}x{ranks_per_node}-{data.name}.json"
+    hand_plan(shapes, kinds, nodes, ranks_per_node).save(path)
+    whole = not COLUMN_TYPES & set(kinds)
+    return small_config(
+        data,
+        members=("dcnv2",),
+        embedding_dim=16,
+        plan=path,
+        types=(),
+        table_optimizer="rowwise_adagrad" if whole else "adagrad",
+    )
+
+
+@pytest.fixture(scope="module")
+def few_ids(synthetic_log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The log again, with tables of one, two and three rows."""
+    out = tmp_path_factory.mktemp("few") / "few"
+    prepare(PrepareConfig(format="criteo_kaggle", paths=(synthetic_log,), out=out, threshold=1500))
+    assert set(Schema.load(out).sparse.values()) == {1, 2, 3}
+    return out
+
+
+@pytest.fixture(scope="module")
+def pinned_on_one_rank(
+    prepared: Path, few_ids: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], Outcome]:
+    """By data and optimizer: whole tables, and all types in turn, though one rank has all parts."""
+    folder = tmp_path_factory.mktemp("pinned")
+    kinds = {"rowwise_adagrad": ("table_wise",), "adagrad": tuple(kind for kind in TYPES if kind != "data_parallel")}
+    configs = {
+        (data.name, optimizer): pinned(data, kind, 1, 1, folder)
+        for data in (prepared, few_ids)
+        for optimizer, kind in kinds.items()
+    }
+    return dict(zip(configs, train_here(list(configs.values())), strict=True))
+
+
+@pytest.fixture(scope="module")
+def pinned_on_four_ranks(
+    prepared: Path, few_ids: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], Outcome]:
+    """By data and types: on two nodes of two ranks."""
+    folder = tmp_path_factory.mktemp("four")
+    configs = {(prepared.name, name): pinned(prepared, kinds, 2, 2, folder) for name, kinds in BY_HAND.items()}
+    # The last ranks have rows of few tables, or of none.
+    configs |= {(few_ids.name, name): pinned(few_ids, BY_HAND[name], 2, 2, folder) for name in (*ROW_WISE, "all types")}
+    outcomes = train_on_ranks(4, list(configs.values()), folder, ranks_per_node=2)
+    return dict(zip(configs, outcomes, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BY_HAND)
+def test_any_plan_from_a_file_on_two_nodes_equals_one_rank(
+    name: str,
+    prepared: Path,
+    pinned_on_one_rank: dict[tuple[str, str], Outcome],
+    pinned_on_four_ranks: dict[tuple[str, str], Outcome],
+) -> None:
+    found = pinned_on_four_ranks[prepared.name, name]
+    assert found.sharding_types == set(BY_HAND[name])
+    optimizer = "adagrad" if COLUMN_TYPES & set(BY_HAND[name]) else "rowwise_adagrad"
+    assert_same(found, pinned_on_one_rank[prepared.name, optimizer])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*ROW_WISE, "all types"])
+def test_tables_of_fewer_rows_than_ranks_train_alike(
+    name: str,
+    few_ids: Path,
+    pinned_on_one_rank: dict[tuple[str, str], Outcome],
+    pinned_on_four_ranks: dict[tuple[str, str], Outcome],
+) -> None:
+    optimizer = "adagrad" if COLUMN_TYPES & set(BY_HAND[name]) else "rowwise_adagrad"
+    assert_same(pinned_on_four_ranks[few_ids.name, name], pinned_on_one_rank[few_ids.name, optimizer])
+
+
+def test_the_pinned_references_learn_apart(
+    prepared: Path, few_ids: Path, pinned_on_one_rank: dict[tuple[str, str], Outcome]
+) -> None:
+    for data in (prepared, few_ids):
+        one, other = (pinned_on_one_rank[data.name, kind] for kind in ("rowwise_adagrad", "adagrad"))
+        assert abs(one.logits_NM - other.logits_NM).max() > 1e-4
 
 
 def test_features_of_several_ids_train_alike_on_two_ranks(prepared: Path, tmp_path: Path) -> None:
