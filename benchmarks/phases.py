@@ -104,7 +104,7 @@ class Job:
         trainer = self.trainer
         trainer.task.train(kind == "training")
         if kind == "training":
-            return lambda: trainer._step(batches)
+            return lambda: trainer.train_step(batches)
         trainer.pipeline.detach()
         device = trainer.world.device
         return torch.no_grad()(lambda: trainer.task(next(batches).to(device))[1])

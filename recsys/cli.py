@@ -403,7 +403,9 @@ def _quieten_libraries() -> None:
         ".*torch.distributed.*is deprecat",
     ):
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    # The pipeline's: that ids which are split or mapped on the way to a table are not sent ahead.
+    for name in ("torch.fx._symbolic_trace", "torchrec.distributed.train_pipeline"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -81,8 +81,8 @@ def test_points_hold_what_the_predictions_say(study: Results) -> None:
             scores.append(click_metrics(labels.numpy(), logits[:, 0].sigmoid().numpy(), weights.numpy()).auc)
         assert point.test["auc"].mean == pytest.approx(sum(scores) / 2)
         assert point.test["auc"].count == 2
-        assert point.step_ms > 0
-        assert point.inference.lookup_rows_per_s > point.inference.rows_per_s > 0
+        assert point.speed.step_ms > 0
+        assert point.speed.lookup_rows_per_s > point.speed.rows_per_s > 0
     whole, *others = study.points
     assert whole.variant.kind == WHOLE
     assert whole.compression == 1

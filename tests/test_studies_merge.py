@@ -223,14 +223,14 @@ def test_an_interrupted_job_goes_on(prepared: Path, tmp_path: Path, monkeypatch:
     whole = MergeStudyConfig(out=tmp_path / "whole", **ONE)
     broken = MergeStudyConfig(out=tmp_path / "broken", **ONE)
     expected = merge_study(whole, recipe(prepared))
-    step = Trainer._step
+    step = Trainer.train_step
 
     def interrupted(self: Trainer, batches: Any) -> Any:
         if self.step == 5:
             raise KeyboardInterrupt
         return step(self, batches)
 
-    monkeypatch.setattr(Trainer, "_step", interrupted)
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         merge_study(broken, recipe(prepared))
     monkeypatch.undo()

@@ -201,7 +201,8 @@ class DynamicMaps(nn.Module):
         evicted = {feature: own.settle(self.step) for feature, own in self.by_feature.items()}
         everywhere = [evicted]
         if self._world_size > 1:
-            everywhere = [evicted]
+            everywhere = [{} for _ in range(self._world_size)]
+            dist.all_gather_object(everywhere, evicted)
         for feature in evicted:
             rows = np.concatenate([of_rank[feature] for of_rank in everywhere])
             if len(rows):

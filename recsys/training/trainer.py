@@ -76,7 +76,7 @@ class Trainer:
             write("data", self.step, tail)
             advance(self.step * loop.batch_size)
             while self.step < self.num_steps:
-                outputs = self._step(batches)
+                outputs = self.train_step(batches)
                 is_last = self.step == self.num_steps
                 note = ""
                 if self.step % loop.log_every == 0 or is_last:
@@ -154,7 +154,7 @@ class Trainer:
                     f"the loss of member {spec.name} is {loss} at step {self.step}; lower {' or '.join(rates)}"
                 )
 
-    def _step(self, batches: Iterator[Batch]) -> Outputs:
+    def train_step(self, batches: Iterator[Batch]) -> Outputs:
         """One forward, backward and update."""
         self.optimizer.schedule(self.step)
         for member in self.members:

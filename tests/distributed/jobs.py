@@ -74,7 +74,7 @@ def train(config: TrainConfig, world: World) -> Outcome | None:
     """Train without a run folder; rank 0 gets the outcome."""
     trainer = Trainer(config, world)
     batches = islice(trainer.loader.stream(), trainer.num_steps)
-    losses = [mean_over_ranks(trainer._step(batches).losses_M) for _ in range(trainer.num_steps)]
+    losses = [mean_over_ranks(trainer.train_step(batches).losses_M) for _ in range(trainer.num_steps)]
     predictions = trainer.predict(trainer.valid_loader)
     if predictions is None:
         return None

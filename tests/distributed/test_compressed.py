@@ -134,10 +134,10 @@ def test_the_schedule_holds_for_arrays(prepared: Path, world: World) -> None:
     array = next(module for module in trainer.task.modules() if isinstance(module, RobeArray))
     before = array.array.detach().clone()
     batches = trainer.loader.stream()
-    trainer._step(batches)
+    trainer.train_step(batches)
     assert torch.equal(array.array, before)
     trainer.optimizer._base_lrs = [0.1 for _ in trainer.optimizer._base_lrs]
-    trainer._step(batches)
+    trainer.train_step(batches)
     assert not torch.equal(array.array, before)
 
 

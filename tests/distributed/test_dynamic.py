@@ -57,7 +57,7 @@ def groups(trainer: Trainer) -> list[DynamicGroup]:
 
 def losses(trainer: Trainer, num_steps: int) -> np.ndarray:
     batches = islice(trainer.loader.stream(trainer.step), num_steps)
-    return torch.stack([mean_over_ranks(trainer._step(batches).losses_M) for _ in range(num_steps)]).numpy()
+    return torch.stack([mean_over_ranks(trainer.train_step(batches).losses_M) for _ in range(num_steps)]).numpy()
 
 
 def logits(trainer: Trainer) -> np.ndarray:

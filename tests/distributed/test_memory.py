@@ -56,7 +56,7 @@ def _train_and_save(world: World, config: TrainConfig, out: Path) -> None:
     peaks = {"made and filled": peak()}
     batches = trainer.loader.stream()
     for _ in range(3):
-        trainer._step(batches)
+        trainer.train_step(batches)
     peaks["trained"] = peak()
     folder = checkpoint.save(out / "checkpoints", 3, trainer.task, trainer.optimizer, [])
     peaks["saved"] = peak()
@@ -128,7 +128,7 @@ def test_a_checkpoint_in_chunks_is_read_under_another_plan(prepared: Path, tmp_p
         trainer.load(tmp_path / "checkpoints" / "step-00000003")
         batches = trainer.loader.stream(3)
         for losses_M in expected:
-            torch.testing.assert_close(trainer._step(batches).losses_M.detach(), losses_M, atol=1e-5, rtol=0)
+            torch.testing.assert_close(trainer.train_step(batches).losses_M.detach(), losses_M, atol=1e-5, rtol=0)
 
 
 def _save_in_chunks(world: World, config: TrainConfig, out: Path) -> None:
@@ -138,13 +138,13 @@ def _save_in_chunks(world: World, config: TrainConfig, out: Path) -> None:
     trainer = Trainer(config, world)
     batches = trainer.loader.stream()
     for _ in range(3):
-        trainer._step(batches)
+        trainer.train_step(batches)
     checkpoint.save(out / "checkpoints", 3, trainer.task, trainer.optimizer, [])
     whole = trainer.task.state_dict()
     for key, cut in chunks.in_chunks(whole).items():
         if "embedding_bags" in key:
             _check_chunks(whole[key].local_shards(), cut.local_shards())
-    losses = [mean_over_ranks(trainer._step(batches).losses_M.detach()) for _ in range(3)]
+    losses = [mean_over_ranks(trainer.train_step(batches).losses_M.detach()) for _ in range(3)]
     if world.is_first:
         torch.save(losses, out / "expected.pt")
 

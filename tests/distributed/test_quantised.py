@@ -117,7 +117,7 @@ def two_ranks(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 
 
 def _predict(world: World, runs: dict[str, Path], folder: Path) -> None:
-    make_plan = sharded.make_plan
+    monkeypatch, make_plan = pytest.MonkeyPatch(), sharded.make_plan
 
     def split(*arguments: Any) -> Plan:
         """What the planner says, with the columns of all tables cut in two, which it need not do."""
@@ -130,7 +130,7 @@ def _predict(world: World, runs: dict[str, Path], folder: Path) -> None:
         return dataclasses.replace(plan, tables=halves)
 
     for kind, dtype in ASKED:
-        sharded.make_plan = split if kind == "column_wise" else make_plan
+        monkeypatch.setattr(sharded, "make_plan", split if kind == "column_wise" else make_plan)
         config = PredictConfig(run=runs[kind], out=folder / f"{kind}.parquet", tables=dtype, batch_size=1024)
         found = answer(config, world)
         if found:
@@ -144,8 +144,8 @@ def _predict(world: World, runs: dict[str, Path], folder: Path) -> None:
 
 def _halves(first: Shard, *others: Shard) -> tuple[Shard, Shard]:
     width = sum(shard.columns for shard in (first, *others)) // 2
-    half = dataclasses.replace(first, rank=0, column=0, columns=width)
-    return half, dataclasses.replace(half, rank=1, column=width)
+    half = first._replace(rank=0, column=0, columns=width)
+    return half, half._replace(rank=1, column=width)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), ASKED)

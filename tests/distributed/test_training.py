@@ -267,7 +267,7 @@ def test_dense_layers_start_like_plain_adamw(prepared: Path, world: World) -> No
     adamw = torch.optim.AdamW(dense.values(), lr=0.01, weight_decay=0.1, fused=False)
     ours, theirs = trainer.loader.stream(), plain.loader.stream()
     for _ in range(3):
-        trainer._step(ours)
+        trainer.train_step(ours)
         adamw.zero_grad()
         plain.optimizer.combined.zero_grad()
         plain.task(next(theirs))[0].backward()
@@ -317,7 +317,7 @@ def test_bf16_stays_close_to_fp32(prepared: Path, world: World, tmp_path: Path) 
         trainer = Trainer(small_config(prepared, members=MEMBERS, precision=precision), world)
         batches = trainer.loader.stream()
         for _ in range(10):
-            trainer._step(batches)
+            trainer.train_step(batches)
         predictions = trainer.predict(trainer.valid_loader)
         assert predictions is not None
         logits.append(predictions.logits_NM)

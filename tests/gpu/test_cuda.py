@@ -60,5 +60,5 @@ def test_bf16_trains_on_cuda(prepared: Path) -> None:
     with process_group() as world:
         trainer = Trainer(small_config(prepared, members=MEMBERS, precision="bf16"), world)
         batches = trainer.loader.stream()
-        losses = [trainer._step(batches).losses_M.cpu().numpy() for _ in range(trainer.num_steps)]
+        losses = [trainer.train_step(batches).losses_M.cpu().numpy() for _ in range(trainer.num_steps)]
     assert np.mean(losses[-5:]) < np.mean(losses[:5])

@@ -41,7 +41,7 @@ def test_small_updates_are_lost_to_the_nearest_value_and_not_to_stochastic_round
             before = tables_of(trainer)
             batches = trainer.loader.stream()
             for _ in range(5):
-                trainer._step(batches)
+                trainer.train_step(batches)
             # From .05 on, neighbours are 2.4e-4 apart, and no update of row-wise Adagrad is above lr * sqrt(8).
             large = before.abs() > 0.05
             moved.append(float((tables_of(trainer) != before)[large].float().mean()))

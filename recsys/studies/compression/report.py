@@ -26,8 +26,8 @@ def draw(results: Results, path: Path) -> Path:
     for axes, metric, title in ((panels[0, 0], "auc", "AUC"), (panels[0, 1], "logloss", "logloss, nats")):
         _quality(axes, results, base, metric)
         axes.set_title(title, fontsize=10)
-    _speed(panels[1, 0], results, base, lambda point: point.step_ms, "training step, ms")
-    _speed(panels[1, 1], results, base, lambda point: point.inference.rows_per_s / 1e3, "inference, thousand rows/s")
+    _speed(panels[1, 0], results, base, lambda point: point.speed.step_ms, "training step, ms")
+    _speed(panels[1, 1], results, base, lambda point: point.speed.rows_per_s / 1e3, "inference, thousand rows/s")
     for axes in panels[1]:
         axes.set_xlabel("times fewer floats than whole tables")
     panels[0, 0].legend(fontsize=8, frameon=False)

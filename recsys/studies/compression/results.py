@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from recsys.studies.compression.config import CompressionStudyConfig
-from recsys.studies.compression.inference import Inference
 from recsys.studies.compression.jobs import WHOLE, Size, Variant
+from recsys.studies.compression.speed import Speed
 from recsys.studies.estimates import Estimate
 from recsys.studies.findings import plain
 from recsys.training.config import TrainConfig
@@ -25,9 +25,7 @@ class Point:
     """Over seeds."""
     against_whole: dict[str, Estimate]
     """Its metric minus that of whole tables of the same seed."""
-    step_ms: float
-    """Of training: median over seeds."""
-    inference: Inference
+    speed: Speed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +64,9 @@ def rows_of(results: Results) -> tuple[list[str], list[list[str]]]:
                 plain(point.test["auc"]),
                 plain(point.test["logloss"]),
                 "" if whole else plain(point.against_whole["auc"], sign=True),
-                f"{point.step_ms:,.2f}",
-                f"{point.inference.rows_per_s:,.0f}",
-                f"{point.inference.lookup_rows_per_s:,.0f}",
+                f"{point.speed.step_ms:,.2f}",
+                f"{point.speed.rows_per_s:,.0f}",
+                f"{point.speed.lookup_rows_per_s:,.0f}",
             ]
         )
     return head, rows

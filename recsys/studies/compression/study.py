@@ -13,12 +13,12 @@ from recsys.config import InputError, dump, write_whole
 from recsys.data.schema import Schema
 from recsys.distributed import process_group
 from recsys.studies.compression.config import CompressionStudyConfig
-from recsys.studies.compression.inference import inference_of
 from recsys.studies.compression.jobs import WHOLE, Size, Variant, job, possible, rates
 from recsys.studies.compression.results import Point, Results, rows_of
+from recsys.studies.compression.speed import speed_of
 from recsys.studies.estimates import estimate
 from recsys.studies.jobs import Job
-from recsys.studies.running import predictions_of, run_jobs, speed_of, state_of, steps_of
+from recsys.studies.running import predictions_of, run_jobs, state_of, steps_of
 from recsys.training.config import TrainConfig
 from recsys.training.metrics import click_metrics
 
@@ -86,10 +86,9 @@ def _analyse(
     scores = {variant: [_metrics(own, schema, "test") for own in of_variant] for variant, of_variant in jobs.items()}
     whole = next(variant for variant in jobs if variant.kind == WHOLE)
     with process_group() as world:
-        timed = {variant: inference_of(of_variant[0], config.batch_size, world) for variant, of_variant in jobs.items()}
+        timed = {variant: speed_of(of_variant[0], config.batch_size, world) for variant, of_variant in jobs.items()}
     points = []
     for variant, of_variant in jobs.items():
-        rows_per_s = [speed.rows_per_s for own in of_variant if (speed := speed_of(own))]
         points.append(
             Point(
                 variant=variant,
@@ -104,8 +103,7 @@ def _analyse(
                     )
                     for name in METRICS
                 },
-                step_ms=1e3 * recipe.train.batch_size / float(np.median(rows_per_s)) if rows_per_s else float("nan"),
-                inference=timed[variant],
+                speed=timed[variant],
             )
         )
     rows = len(predictions_of(jobs[whole][0], "test", schema).labels_N)
