@@ -8,7 +8,7 @@ but the output.
 
 Threads divide lookups by rows, and gradients by stretches of the array: no two write to one place, and each element's
 gradient is summed in the order of rows, so the number of threads changes no bit. Indices are unsigned, because numba
-asks of signed ones whether they count from the end, and then makes no vector instructions of a loop.
+asks of signed ones whether they count from the end.
 """
 
 from typing import Any, NamedTuple

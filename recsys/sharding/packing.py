@@ -131,7 +131,7 @@ class Packing:
     def has_room(self, table: int, option: int) -> np.ndarray | bool:
         """Whether each rank has room for a shard [ranks]; a plain True where all of them do."""
         held, capacity = self.ground.options.bytes[table, option], self.ground.capacity
-        if True:
+        if (self._fullest + held <= capacity).all():
             return True
         room: np.ndarray = (self.bytes + held <= capacity).all(axis=1)
         return room
