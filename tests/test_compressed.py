@@ -20,7 +20,7 @@ from recsys.embeddings.init import init_tables
 from recsys.embeddings.mixed import dims_of
 from recsys.embeddings.qr import SplitIds, divisors_of
 
-SPARSE = {"c": 900, "a": 3, "b": 300, "d": 40}
+SPARSE = {"c": 900, "a": 3, "b": 300, "d": 40, "e": 900}
 B = 50
 LENGTHS = {"one id": [1] * B, "many": [0, 1, 2, 3, 1] * (B // 5)}
 
@@ -89,7 +89,7 @@ def test_two_vectors_make_one(hot: str, combine: str) -> None:
 
 
 def test_products_of_several_ids_are_refused() -> None:
-    message = "one: feature [cb] has rows of several ids, for which products of vectors are not exact; use combine add"
+    message = "one: feature [cbe] has rows of several ids, for which products of vectors are not exact; use combine add"
     with pytest.raises(InputError, match=message):
         made(owner("qr", compression=3))(ids_of("many"))
     # As many ids as rows, but not one in each; and a feature whose table is whole may have several.
@@ -122,7 +122,7 @@ def test_no_two_ids_share_a_vector_and_the_dial_is_reached(sparse: list[int], co
         two = R + max(v // R for v in range(num_ids)) + 1
         assert feature not in divisors or two < num_ids
         rows += two if feature in divisors else num_ids
-    assert rows * compression <= sum(sparse)
+    assert rows <= sum(sparse) / compression
 
 
 # Mixed dimensions
@@ -135,7 +135,7 @@ def test_a_layer_brings_short_vectors_to_all_columns(hot: str) -> None:
     tables, parameters = tables_of(embeddings), embeddings.state_dict()
     for own, x_BFD in zip(owners, embeddings(ids), strict=True):
         dims, dim = dims_of(SPARSE, own), own.config.embedding_dim
-        assert dims["a"] == dim > dims["c"]
+        assert dims["a"] == dim > dims["c"] == dims["e"] < dims["b"], "fields of one dimension stand apart"
         assert x_BFD.shape == (B, len(SPARSE), dim)
         for feature, x_BD in zip(SPARSE, x_BFD.unbind(dim=1), strict=True):
             expected = pooled(tables[f"{own.name}/{feature}"], ids, feature)
@@ -170,7 +170,7 @@ def test_dimensions_fall_with_the_number_of_ids_and_reach_the_dial(
     assert dims[order[0]] == dim
     assert all(dims[one] >= dims[other] for one, other in itertools.pairwise(order))
     floats = sum(num_ids * dims[f] + (dims[f] < dim) * dims[f] * dim for f, num_ids in features.items())
-    assert floats * compression <= sum(sparse) * dim
+    assert floats <= sum(sparse) * dim / compression
 
 
 def test_layers_start_from_seed_and_feature_with_variance_one_over_their_width() -> None:
@@ -225,7 +225,7 @@ def test_sizes_count_all_that_an_owner_has() -> None:
     dims = dims_of(SPARSE, owners[4])
     assert sizes["mixed"].num_floats == sum(n * dims[f] + (dims[f] < 16) * 16 * dims[f] for f, n in SPARSE.items())
     assert 3 <= sizes["qr"].compression < 3.5
-    assert 2 <= sizes["mixed"].compression < 3, "steps of 4 columns are large"
+    assert 2 <= sizes["mixed"].compression < 4, "steps of 4 columns are large"
 
 
 @pytest.mark.parametrize("combine", ["multiply", "add"])

@@ -87,7 +87,7 @@ def test_machine_code_is_made_where_it_cannot_be_kept(monkeypatch: pytest.Monkey
             return Mock(side_effect=RuntimeError("no folder can be written"))
         return njit(**options)
 
-    monkeypatch.setattr("recsys.data.compiled.njit", refuses_to_keep)
+    monkeypatch.setattr("recsys.compiled.njit", refuses_to_keep)
 
     def twice(number: int) -> int:
         return 2 * number

@@ -14,7 +14,7 @@ def least(num_floats: Callable[[float], int], most: float, num_whole: int, owner
     """Find the least setting, in [0, most], that leaves `num_whole / compression` floats or fewer.
 
     Args:
-        num_floats: what a setting leaves; more never leaves more, but for rounding.
+        num_floats: what a setting leaves: all at 0, and less at larger ones, but for rounding.
         most: the largest setting that is of use.
         num_whole: floats of whole tables.
         owner: who asks for the compression.
@@ -28,7 +28,7 @@ def least(num_floats: Callable[[float], int], most: float, num_whole: int, owner
         reached = math.floor(num_whole / fewest * 100) / 100
         raise InputError(
             f"{owner.name}: embeddings {config.embeddings} cannot reach compression {config.compression:g}: at least "
-            f"{fewest:,} of {num_whole:,} floats are left; the largest that works is {max(reached, 1.0):g}"
+            f"{fewest:,} of {num_whole:,} floats are left; the largest that works is {reached:.2f}"
         )
     if num_floats(0.0) <= allowed:
         return 0.0

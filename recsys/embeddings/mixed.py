@@ -24,9 +24,9 @@ LEAST_DIM = 4
 class MixedDimensions(nn.Module):
     """Tables of d_f columns for a feature of n_f ids, d_f = D (n_least / n_f)^temperature, and a layer to D columns.
 
-    The feature of fewest ids has D columns, and a feature of D columns no layer. The temperature is the least that
-    reaches `compression`, layers counted; dimensions are rounded to multiples of 4, and are at least 4. How often an id
-    is used goes by one over n_f, as in the paper.
+    The feature of fewest ids has D columns, and so have those whose layer would be larger than what it saves; a feature
+    of D columns has no layer. The temperature is the least that reaches `compression`, layers counted; dimensions are
+    rounded to multiples of 4, and are at least 4. How often an id is used goes by one over n_f, as in the paper.
 
     Args:
         sparse: feature to number of ids, in field order.
@@ -142,13 +142,16 @@ def dims_of(sparse: Mapping[str, int], owner: Owner) -> dict[str, int]:
     fewest = min(sparse.values(), default=1)
 
     def dims(temperature: float) -> dict[str, int]:
-        wanted = {feature: dim * (fewest / num_ids) ** temperature for feature, num_ids in sparse.items()}
-        return {feature: max(round(own / LEAST_DIM) * LEAST_DIM, LEAST_DIM) for feature, own in wanted.items()}
+        found = {}
+        for feature, num_ids in sparse.items():
+            wanted = dim * (fewest / num_ids) ** temperature
+            own = max(round(wanted / LEAST_DIM) * LEAST_DIM, LEAST_DIM)
+            found[feature] = own if own * (num_ids + dim) < num_ids * dim else dim
+        return found
 
     def num_floats(temperature: float) -> int:
         own = dims(temperature)
-        layers = sum(own[feature] * dim for feature in sparse if own[feature] < dim)
-        return layers + sum(num_ids * own[feature] for feature, num_ids in sparse.items())
+        return sum(own[feature] * (num_ids + dim * (own[feature] < dim)) for feature, num_ids in sparse.items())
 
     # From here on every feature has fewest columns, but for those of fewest ids.
     ratios = [num_ids / fewest for num_ids in sparse.values() if num_ids > fewest]

@@ -152,10 +152,22 @@ HARDWARE: dict[str, Hardware] = {
              tflops_bf16=2250, host_gib=238, host_gbs=64, ssd_gib=3500, ssd_gbs=7),
         _gpu("gb200", memory_gib=184.3, memory_gbs=8000, node_gbs=900, network_gbs=50, tflops_fp32=80,
              tflops_bf16=2500, host_gib=223, host_gbs=225, ssd_gib=3500, ssd_gbs=7),
-        # Two cores of a server, a process each, over gloo; measured by `recsys shard-bench` (benchmarks/README.md).
+        # Two cores of an AMD EPYC, 2 and 4 processes over gloo, two nodes played by one machine; rates are fitted by
+        # `recsys shard-bench` (benchmarks/README.md).
         Hardware(
             name="cpu", device="cpu", memory_gib=10, memory_gbs=8, node_gbs=1.5, network_gbs=1.0, tflops_fp32=0.2,
-            tflops_bf16=0.8, gather_share=0.5, call_us=50, collective_us=300, network_us=300, cores=2,
+            tflops_bf16=0.8, flops_share=0.216, gather_share=0.5, call_us=50, collective_us=300, network_us=300,
+            cores=2,
+            rates={
+                "input_dist": Rates(call_us=754, peer_us=285, field_us=67.9, id_ns=9.33, node_gbs=8, network_gbs=8),
+                "lookup": Rates(call_us=909, field_us=6.64, memory_gbs=7.67),
+                "output_dist": Rates(call_us=683, peer_us=220, field_us=28.7, id_ns=14, node_gbs=0.914,
+                                     network_gbs=0.595),
+                "dense": Rates(call_us=1180, memory_gbs=80),
+                "gradient_dist": Rates(call_us=556, peer_us=243, id_ns=8.9, node_gbs=0.694, network_gbs=0.324),
+                "update": Rates(call_us=482, field_us=5.43, id_ns=8.02, memory_gbs=12.3),
+                "all_reduce": Rates(call_us=146, peer_us=403, node_gbs=1.11, network_gbs=1.91),
+            },
         ),
     )
 }  # fmt: skip

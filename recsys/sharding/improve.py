@@ -135,7 +135,7 @@ class _Norm:
             if places is None:
                 break
             self._update(packing.add(table, option, places))
-        if value <= limit * 2:
+        if value < limit:
             return True
         for table in tables:
             if packing.choice[table] >= 0:

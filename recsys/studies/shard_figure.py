@@ -66,7 +66,7 @@ def _panel(panel: Axes, result: Mapping[str, Any], phase: str, markers: Mapping[
         panel.set_xlim(*ends)
         panel.set_ylim(*ends)
     for axis in (panel.xaxis, panel.yaxis):
-        axis.set_major_locator(LogLocator(numticks=8))
+        axis.set_major_locator(LogLocator(subs=(1, 3), numticks=12))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_locator(NullLocator())
     panel.spines[["top", "right"]].set_visible(False)

@@ -8,13 +8,16 @@ import time
 from collections.abc import Sequence
 
 import pytest
+import torch
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from recsys.config import InputError
 from recsys.sharding import search
 from recsys.sharding.config import ShardingConfig
 from recsys.sharding.make import make_plan
-from recsys.sharding.plan import TYPES, Plan
-from recsys.sharding.proposers import propose
+from recsys.sharding.plan import KERNELS, TYPES, Plan
+from recsys.sharding.proposers import _AnyKernel, _planner, propose
 from recsys.sharding.quote import quote
 from recsys.sharding.search import Search
 from tests.sharding.plans import mlperf, setting, small
@@ -85,6 +88,21 @@ def test_the_config_names_the_proposer() -> None:
         _make("grid_search")
     with pytest.raises(ValueError, match="proposer_minutes 0 must be above 0"):
         ShardingConfig(proposer_minutes=0)
+
+
+def test_options_come_in_one_order() -> None:
+    kernels = ["fused_uvm", "fused"]
+    model, rules = setting(small([(1000, 16)] * 3), "h100x2x2", kernels=kernels)
+    planner = _planner(model, rules, 0.1, "greedy")
+    tables = [EmbeddingBagConfig(name=f"t{n}", num_embeddings=1000, embedding_dim=16) for n in range(3)]
+    module = EmbeddingBagCollection(tables=tables, device=torch.device("meta"))
+    found = [
+        (option.name, option.sharding_type, option.compute_kernel)
+        for option in planner._enumerator.enumerate(module, [_AnyKernel()])
+    ]
+    types = [kind for kind in TYPES if kind in rules[0].types]
+    assert sorted(found, key=lambda o: (o[0], types.index(o[1]), KERNELS.index(o[2]))) == found
+    assert len(found) == 3 * len(types) * len(kernels)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from recsys.sharding import search
 from recsys.sharding.cluster import GIB, HARDWARE, Cluster
 from recsys.sharding.constraints import Allowed
 from recsys.sharding.cost import CostModel
+from recsys.sharding.improve import Budget, _Norm, improve
 from recsys.sharding.options import Option, Options
 from recsys.sharding.plan import Plan
 from recsys.sharding.quote import quote
@@ -161,6 +162,32 @@ def test_the_same_question_gets_the_same_answer() -> None:
     workload = mlperf(optimizer="adagrad")
     first, second = (find(*setting(workload, "h100x8x2"), 0.1) for _ in range(2))
     assert first == second
+
+
+def test_improvement_gains_and_comes_to_an_end() -> None:
+    model, rules = setting(mlperf(optimizer="adagrad"), "h100x8")
+    searched = Search(model, rules, 0.1)
+    packing = searched._pack(np.where(searched.possible, searched.all.total, np.inf).argmin(axis=1))
+    assert packing is not None
+    before, budget = packing.seconds, Budget(1e6)
+    after = improve(packing.copy(), searched.possible, budget)
+    assert after.seconds < before * 0.9, "whole tables wait for the largest of them"
+    assert (after.bytes <= searched.ground.capacity).all()
+    left = budget.left
+    again = improve(after.copy(), searched.possible, budget)
+    assert again.seconds <= after.seconds
+    assert left - budget.left < 1e6 - left, "nothing is left to gain, so that few sweeps find nothing"
+    norm = _Norm(after.copy(), searched.possible, 8, budget)
+    steady = norm.packing.seconds
+    for table in range(len(rules)):
+        if not norm.replace([table]):
+            assert norm.packing.seconds == pytest.approx(steady, rel=1e-12), "what gains nothing is put back"
+        steady = norm.packing.seconds
+    settled = improve(norm.packing, searched.possible, budget)
+    while _Norm(settled, searched.possible, 8, budget).sweep():
+        pass
+    assert budget.left > 0
+    assert not any(_Norm(settled, searched.possible, 8, budget).replace([table]) for table in range(len(rules)))
 
 
 def test_progress_is_told_from_nought_to_one() -> None:
