@@ -171,6 +171,7 @@ def test_dimensions_fall_with_the_number_of_ids_and_reach_the_dial(
     assert all(dims[one] >= dims[other] for one, other in itertools.pairwise(order))
     floats = sum(num_ids * dims[f] + (dims[f] < dim) * dims[f] * dim for f, num_ids in features.items())
     assert floats <= sum(sparse) * dim / compression
+    assert all(dims[f] == dim or dims[f] * (n + dim) < n * dim for f, n in features.items()), "layers save something"
 
 
 def test_layers_start_from_seed_and_feature_with_variance_one_over_their_width() -> None:

@@ -13,8 +13,8 @@ from recsys.planning.config import Changes
 from recsys.planning.workloads import workload_of
 from recsys.recipes.table_sets import SCHEMAS, synthetic_10k
 from recsys.sharding.cluster import HARDWARE, Cluster
-from recsys.sharding.work import PARTS
 from recsys.sharding.plan import Plan
+from recsys.sharding.work import PARTS
 from recsys.sharding.workload import TableSpec, Workload
 
 RECIPE = "mlperf_dlrm_dcnv2"

@@ -45,7 +45,7 @@ def test_the_backbones_that_it_lists_are_all() -> None:
 
 def test_the_members_that_it_trains_can_be_read() -> None:
     lines = re.findall(r"^ *(?:recsys train )?criteo_kaggle .*--members (.*)", TEXT, flags=re.MULTILINE)
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         texts = list(itertools.takewhile(lambda text: not text.startswith("--"), shlex.split(line)))
         assert len(parse_members(texts, 0)) >= 2
@@ -64,8 +64,8 @@ def test_the_sample_format_describes_a_log(tmp_path: Path) -> None:
 
 
 def test_every_verb_that_it_names_exists() -> None:
-    named = set(re.findall(r"`?recsys ([a-z]+)\b", TEXT)) | set(
-        re.findall(r"^recsys ([a-z]+)\b", TEXT, flags=re.MULTILINE)
+    named = set(re.findall(r"`?recsys ([a-z-]+)\b", TEXT)) | set(
+        re.findall(r"^recsys ([a-z-]+)\b", TEXT, flags=re.MULTILINE)
     )
     assert named >= {"prepare", "train", "evaluate", "doctor"}
     assert named <= set(VERBS)

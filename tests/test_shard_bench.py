@@ -4,6 +4,7 @@ import json
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,7 +173,7 @@ def test_quotes_are_of_ranks_that_share_cores_and_of_cores_that_serve_both_links
     workload = case.workload(ROWS)
     plan = case.plan(workload)
 
-    def priced(**figures: int) -> np.ndarray:
+    def priced(**figures: Any) -> np.ndarray:
         ran = Cluster(hardware=replace(TRUE, **figures), ranks_per_node=2, nodes=2)
         return quote(plan, CostModel(workload, ran)).seconds
 

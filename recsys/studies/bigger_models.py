@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from recsys.page import table, tag
 from recsys.studies.comparisons import JUDGED
 from recsys.studies.config import RivalKind
 from recsys.studies.findings import DEPENDENT, NAMES, RULE, claim, limits, opponent, plain, sentence, signed
-from recsys.page import table, tag
 from recsys.studies.pool import METRICS
 from recsys.studies.rivals import Size
 

@@ -5,10 +5,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from recsys.page import PAGE, picture, table, tag
 from recsys.studies.bigger_models import against_bigger
 from recsys.studies.estimates import Estimate
 from recsys.studies.findings import NAMES, SHARED_ROWS, counted, direction, gain, growth, plain, signed, verdict
-from recsys.page import PAGE, picture, table, tag
 from recsys.studies.pool import METRICS
 
 if TYPE_CHECKING:
