@@ -185,6 +185,11 @@ def test_quotes_are_of_ranks_that_share_cores_and_of_cores_that_serve_both_links
     assert alone[0, at] == pytest.approx(expected)
 
 
+def test_nodes_that_one_machine_plays_have_half_of_its_cores() -> None:
+    assert [cluster(CPU, layout, simulated=True).hardware.cores for layout in (Layout(2), ONE, TWO)] == [2, 2, 1]
+    assert cluster(CPU, TWO, simulated=False).hardware.cores == 2
+
+
 def test_nodes_share_no_cores_with_one_another() -> None:
     nodes = Cluster(hardware=replace(CPU, cores=1), ranks_per_node=2, nodes=2)
     assert nodes.shared(np.array([[1.0], [1.0], [1.0], [0.0]]))[:, 0].tolist() == [2.0, 2.0, 1.0, 0.0]

@@ -22,7 +22,9 @@ from recsys.training.trainer import Trainer
 from tests.distributed.jobs import Outcome, cli_on_ranks, on_ranks, small_config, train
 from tests.sharding.plans import hand_plan
 
-# Forward and backward, how far losses of 20 steps may be from those in fp32, and what goes over the wire.
+pytestmark = pytest.mark.slow
+
+# Forward and backward, how far losses of 10 steps may be from those in fp32, and what goes over the wire.
 COMMS: dict[str, tuple[dict[str, str], float, set[torch.dtype]]] = {
     "fp32": ({}, 0.0, {torch.float32}),
     "fp16": ({"comms": "fp16", "gradient_comms": "fp16"}, 1e-3, {torch.float16}),
@@ -92,7 +94,7 @@ def two_ranks(
 ) -> dict[str, tuple[Outcome, Sent]]:
     """Every kind of communication under every type, on two ranks, after which they train the first half."""
     configs = {
-        f"{kind}, {name}": small_config(prepared, members=("dcnv2",), sharding=kind, **comms)
+        f"{kind}, {name}": small_config(prepared, members=("dcnv2",), num_steps=10, sharding=kind, **comms)
         for kind in TYPES
         for name, (comms, *_) in COMMS.items()
     }
