@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from recsys.config import InputError
-from recsys.embeddings.config import EmbeddingConfig
+from recsys.embeddings.config import EmbeddingConfig, Owner
 from recsys.embeddings.dynamic_kernels import LARGEST_SCORE, MISSING_ROW, UNSEEN_ROW
 from recsys.embeddings.dynamic_map import RESERVED_ROWS, IdMap, MapRules, resized
+from recsys.embeddings.dynamic_rows import check_caches
 from recsys.members import parse_members
 
 WORD = 2**64
@@ -398,3 +399,13 @@ def test_rules_that_cannot_be_are_named(change: dict[str, Any], message: str) ->
     (name, value), *others = reversed(change.items())
     with pytest.raises(InputError, match=f"member 'dcnv2:.*{name}"):
         parse_members([f"dcnv2:{name}={value}"] if not others else ["dcnv2:rows=9,map_buckets=10"], 0)
+
+
+@pytest.mark.parametrize("kernel", ["fused_uvm_caching", "key_value"])
+def test_a_kernel_that_keeps_copies_of_rows_is_refused(kernel: str) -> None:
+    owners = {
+        kind: Owner(name=kind, seed="0", config=EmbeddingConfig(embeddings=kind)) for kind in ("dynamic", "tables")
+    }
+    check_caches({"tables/C1": kernel, "dynamic/C1": "fused", "dynamic/C2": "fused_uvm"}, owners)
+    with pytest.raises(InputError, match=f"table dynamic/C2 of dynamic ids under the kernel {kernel}"):
+        check_caches({"tables/C1": kernel, "dynamic/C2": kernel}, owners)

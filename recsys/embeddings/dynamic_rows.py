@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from recsys.config import InputError
-from recsys.embeddings.config import TABLE_SEPARATOR
+from recsys.embeddings.config import TABLE_SEPARATOR, Owner
 from recsys.embeddings.dynamic import DynamicGroup
 from recsys.embeddings.fields import Embeddings
 from recsys.embeddings.init import fill_rows
@@ -95,6 +95,25 @@ def connect(task: nn.Module, embeddings: Embeddings, state: Mapping[str, Any]) -
             embeddings,
             group.owners,
         )
+
+
+def check_caches(kernels: Mapping[str, str], owners: Mapping[str, Owner]) -> None:
+    """See that no kernel keeps copies of a dynamic table's rows, which a reset would not reach.
+
+    Args:
+        kernels: table, its owner's name first, to its compute kernel.
+        owners: by name.
+
+    Raises:
+        InputError: one does, naming the table.
+    """
+    for table, kernel in kernels.items():
+        owner = owners.get(table.partition(TABLE_SEPARATOR)[0])
+        if owner and owner.config.embeddings == "dynamic" and kernel in ("fused_uvm_caching", "key_value"):
+            raise InputError(
+                f"table {table} of dynamic ids under the kernel {kernel}: rows in its cache would outlive the ids that "
+                "they were given to; use fused or fused_uvm for it"
+            )
 
 
 def parts_of(value: ShardedTensor) -> list[Part]:

@@ -47,7 +47,7 @@ class ShardBenchConfig:
     """Times that ranks are started anew and all cases measured once more, so that what else the machine does in the
     meantime meets them all alike."""
     repeats: int = 24
-    """Steps of a case in all rounds together."""
+    """Steps of a case in all rounds together; turns of plans that are compared."""
     statistic: Literal["median", "low"] = "median"
     """What counts of them: the median, or the quickest, where other processes disturb the machine now and then."""
     case_seconds: float = 3.0

@@ -31,7 +31,6 @@ from recsys.studies.shard_cases import Case, Layout, cluster, with_dense
 from recsys.studies.shard_config import ShardBenchConfig
 from recsys.studies.shard_measure import Bench
 
-STEPS = 30
 WARM_UP = 2
 BATCH = 4096
 """Rows of a global batch."""
@@ -60,7 +59,6 @@ def compare(
         run: calls `work(world, *arguments)` on them.
         simulated: whether several nodes are of one machine; these are left out.
     """
-    typical: Callable[[list[float]], float] = min if config.statistic == "low" else statistics.median
     found = []
     for layout in layouts:
         if (simulated and layout.nodes > 1) or layout.ranks == 1:
@@ -73,7 +71,7 @@ def compare(
             )
             workload = with_dense(tables, BATCH, "rowwise_adagrad")
             plans = _plans(workload, ran, layout)
-            steps = run(layout, _measure, workload, plans, config.seed)
+            steps = run(layout, _measure, workload, plans, config)
             model = CostModel(workload, ran)
             found.append(
                 {
@@ -81,7 +79,7 @@ def compare(
                     "ranks": layout.ranks,
                     "plans": {
                         maker: {
-                            "measured": typical(steps[maker]),
+                            "measured": statistics.median(steps[maker]),
                             "steps": steps[maker],
                             "predicted": quote(plan, model).step_seconds,
                             "types": dict(Counter(table.sharding_type for table in plan.tables.values())),
@@ -151,14 +149,16 @@ def _by_torchrec(workload: Workload, ran: Cluster, types: Sequence[str] | None) 
     return plan_of(words.get_plan_for_module(""), workload, ran)
 
 
-def _measure(world: World, workload: Workload, plans: Mapping[str, Plan], seed: int) -> dict[str, list[float]]:
+def _measure(
+    world: World, workload: Workload, plans: Mapping[str, Plan], config: ShardBenchConfig
+) -> dict[str, list[float]]:
     """Seconds of steps under each plan, the slowest rank's; plans take turns, in another order each time."""
     benches = {maker: Bench(workload, plan, world) for maker, plan in plans.items()}
     found: dict[str, list[float]] = {maker: [] for maker in plans}
-    chance = np.random.default_rng(seed)
+    chance = np.random.default_rng(config.seed)
     what = f"plans on {world.size} ranks"
-    with progress(what, total=STEPS, unit="turns", show=world.is_first) as advance:
-        for turn in range(-WARM_UP, STEPS):
+    with progress(what, total=config.repeats, unit="turns", show=world.is_first) as advance:
+        for turn in range(-WARM_UP, config.repeats):
             for maker in chance.permutation(list(plans)):
                 bench = benches[str(maker)]
                 ids = bench.batch()

@@ -10,6 +10,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel, DMPCol
 from recsys.data.loader import Loader
 from recsys.data.schema import Schema
 from recsys.distributed import World, on_every, on_first
+from recsys.embeddings.dynamic_rows import check_caches
 from recsys.embeddings.precision import check_precision, check_replicated, fused_params
 from recsys.members import MemberSpec
 from recsys.model import RecModel
@@ -49,6 +50,7 @@ def shard(
     own_table_lrs(model.embedding, members)
     plan = on_first(lambda: _plan(config, workload(config, schema, model), world))
     check_replicated({name: table.sharding_type for name, table in plan.tables.items()}, model.embedding.owners)
+    check_caches({name: table.kernel for name, table in plan.tables.items()}, model.embedding.owners)
     sharder = TableSharder(
         fused_params=fused_params(optimizer.fused_params, embeddings, world.device),
         qcomm_codecs_registry=comm_codecs(config.sharding, world.device),

@@ -83,7 +83,7 @@ def test_plans_of_several_makers_take_turns(tmp_path: Path) -> None:
             "search", "torchrec", "torchrec, types of search", "table_wise", "row_wise",
         }  # fmt: skip
         for plan in layout["plans"].values():
-            assert len(plan["steps"]) >= 10
+            assert len(plan["steps"]) == 3
             assert min(plan["steps"]) > 0
             assert plan["predicted"] > 0
             assert Plan.from_values(json.loads(plan["plan"]), "plan").world_size == 2
@@ -103,6 +103,7 @@ def _phases_of(world: Any, plan: Plan, path: Path) -> None:
         path.write_text(json.dumps(values))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding_type", ["table_wise", "data_parallel"])
 def test_a_measured_step_updates_the_tables(sharding_type: str, tmp_path: Path) -> None:
     from tests.distributed.jobs import on_ranks
