@@ -66,14 +66,14 @@ def test_a_tiny_sweep_on_two_ranks(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ranks_that_torchrun_started_are_measured_as_they_are(tmp_path: Path) -> None:
     launcher = ("python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    found, _ = bench(tmp_path, "--types", "row_wise", launcher=launcher)
+    found, _ = bench(tmp_path, "--types", "row_wise", "--rounds", "1", launcher=launcher)
     assert {tuple(case["layout"].values()) for case in found["cases"]} == {(2, 1)}
     assert found["num_cases"] == len(found["cases"]) == 2
 
 
 @pytest.mark.slow
 def test_plans_of_several_makers_take_turns(tmp_path: Path) -> None:
-    found, _ = bench(tmp_path, "--ranks", "2", "--types", "table_wise", "row_wise", "--compare-plans")
+    found, _ = bench(tmp_path, "--ranks", "2", "--types", "table_wise", "--rounds", "1", "--compare-plans")
     assert [(layout["workload"], layout["ranks"]) for layout in found["plans"]] == [
         ("tables like a click log's", 2),
         ("one heavy table", 2),
