@@ -105,7 +105,7 @@ class Job:
         trainer.task.train(kind == "training")
         if kind == "training":
             return lambda: trainer.train_step(batches)
-        trainer.pipeline.detach()
+        trainer.one_step.detach()
         device = trainer.world.device
         return torch.no_grad()(lambda: trainer.task(next(batches).to(device))[1])
 

@@ -8,9 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torchrec.distributed.model_parallel import DMPCollection
-from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
-
 from recsys.config import InputError, load_file
 from recsys.data.batch import Batch
 from recsys.data.loader import Loader
@@ -29,6 +26,7 @@ from recsys.training.predict import predict
 from recsys.training.predictions import Predictions, greedy_order, member_metrics, merge_for
 from recsys.training.run import RunFolder
 from recsys.training.sharded import held_out, loader, shard
+from recsys.training.step import Step
 
 
 class Trainer:
@@ -48,12 +46,7 @@ class Trainer:
         self.optimizer = Optimizer(self.task, config.optimizer, self.num_steps, self.specs)
         connect(self.task, model.embedding, self.task.fused_optimizer.state_dict()["state"])
         self.members = model.members
-        # Where no table is sharded, there are no ids to send ahead, and nothing that TorchRec's pipeline could trace.
-        # Copies of the tables (2-D parallelism) are averaged by `_step`, which counts steps; the pipeline would do so
-        # after every batch of its own accord.
-        alone = {"dmp_collection_sync_interval_batches": None} if self.plan.tables else {}
-        pipeline = TrainPipelineSparseDist if self.plan.tables else TrainPipelineBase
-        self.pipeline = pipeline(self.task, self.optimizer.combined, world.device, **alone)
+        self.one_step = Step(self.task, self.optimizer, config, self.plan, world)
         self.step = 0
 
     def train(self) -> dict[str, ClickMetrics] | None:
@@ -156,13 +149,10 @@ class Trainer:
 
     def train_step(self, batches: Iterator[Batch]) -> Outputs:
         """One forward, backward and update."""
-        self.optimizer.schedule(self.step)
         for member in self.members:
             member.reseed(self.world.rank, self.step)
-        outputs: Outputs = self.pipeline.progress(batches)
+        outputs = self.one_step(batches, self.step)
         self.step += 1
-        if isinstance(self.task, DMPCollection) and self.step % self.config.sharding.sync_every == 0:
-            self.task.sync()  # copies of the tables, which 2-D parallelism trains apart
         return outputs
 
     @property
@@ -172,9 +162,7 @@ class Trainer:
 
     def predict(self, loader: Loader) -> Predictions | None:
         """Logits and labels of held-out rows; None on ranks other than 0."""
-        if isinstance(self.pipeline, TrainPipelineSparseDist):
-            # It has made the tables' forward wait for batches of its own; its next progress() attaches it again.
-            self.pipeline.detach()
+        self.one_step.detach()
         return predict(self.task, [spec.name for spec in self.specs], loader.once(), self.world)
 
     def load(self, path: Path) -> None:

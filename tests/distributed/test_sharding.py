@@ -136,7 +136,7 @@ def test_a_run_goes_on_under_another_plan_on_fewer_ranks(
         resumed = Trainer(dataclasses.replace(whole, out=half.out, resume=True), world)
         resumed.train()
         # Copies of tables are averaged by the trainer's count of steps, not by the pipeline's of batches.
-        assert resumed.pipeline._dmp_collection_sync_interval_batches is None
+        assert resumed.one_step._pipeline._dmp_collection_sync_interval_batches is None
     losses = [
         [json.loads(line)["loss"]["dcnv2"] for line in lines if '"kind": "train"' in line]
         for lines in ((config.out / "metrics.jsonl").read_text().splitlines() for config in (whole, half))
