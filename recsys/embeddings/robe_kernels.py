@@ -14,11 +14,8 @@ asks of signed ones whether they count from the end.
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
-from recsys.compiled import compiled, inlined
+from recsys.compiled import compiled, inlined, prefetch
 from recsys.embeddings.robe_hash import P
 
 TILE_ROWS = 64
@@ -27,27 +24,9 @@ AHEAD = 32
 """Blocks, or lines, from fetching to using one. Without it a lookup in 26 MB takes 1.7 times as long."""
 FOUND = 2048
 """Blocks whose gradients are added at a time."""
-FOR_READING, IN_ALL_CACHES, DATA = 0, 3, 1
-"""What LLVM's prefetch is told."""
 LINE = 16
 """Floats of a cache line, the unit of what a gradient is known to have touched."""
 U, FLOAT = np.uint64, np.float32
-
-
-@intrinsic
-def _prefetch(_: Any, array: Any, index: Any) -> Any:
-    """Have the line of an array's element fetched, which will be needed soon. It need not be in the array."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        ir, word = cgutils.ir, cgutils.int32_t
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        shape = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, word, word, word])
-        function = cgutils.get_or_insert_function(builder.module, shape, "llvm.prefetch.p0i8")
-        place = builder.bitcast(builder.gep(data, [arguments[1]]), cgutils.voidptr_t)
-        builder.call(function, [place, *(ir.Constant(word, value) for value in (FOR_READING, IN_ALL_CACHES, DATA))])
-        return context.get_dummy_value()
-
-    return types.void(array, index), code
 
 
 class Hash(NamedTuple):
@@ -230,9 +209,9 @@ def adagrad(
     for line in range(begin // LINE, -(-end // LINE) if touched.size else 0):
         if line + AHEAD < touched.size and touched[U(line + AHEAD)]:
             at = (line + AHEAD) * LINE
-            _prefetch(array_m, at)
-            _prefetch(squares_m, at)
-            _prefetch(sums.grad_m, at)
+            prefetch(array_m, at)
+            prefetch(squares_m, at)
+            prefetch(sums.grad_m, at)
         if touched[U(line)]:
             touched[U(line)] = False
             _update(array_m, squares_m, sums.grad_m, lr, eps, line * LINE, min(line * LINE + LINE, end))
@@ -260,7 +239,7 @@ def _update(
 @inlined
 def _prefetch_block(array: np.ndarray, start: int, width: int) -> None:
     for i in range(0, width + LINE - 1, LINE):
-        _prefetch(array, start + i)
+        prefetch(array, start + i)
 
 
 @inlined

@@ -21,10 +21,13 @@ class Quote:
     """Bytes and seconds of a plan.
 
     Args:
+        workload: what is trained.
+        cluster: on what.
+        plan: how its tables lie there.
         seconds: [ranks, phases].
         bytes: [ranks, parts, memories].
         capacity: bytes that a rank may fill, by memory [memories].
-        table_seconds: of each table's shards together, by table [tables].
+        reserve: share of device memory that stays free.
     """
 
     workload: Workload
@@ -161,7 +164,7 @@ def table_seconds(plan: Plan, model: CostModel) -> np.ndarray:
     seconds = np.zeros((model.group.world_size, len(plan.tables)))
     order = {name: index for index, name in enumerate(plan.tables)}
     for index, spec in enumerate(model.workload.tables):
-        ranks, cost = _cost_of(plan, model, index)
+        ranks, cost = _cost_of(plan, model, [index])
         np.add.at(seconds[:, order[spec.name]], ranks, cost.seconds.sum(axis=1))
     return seconds
 
@@ -172,14 +175,10 @@ def _costs(plan: Plan, model: CostModel) -> "Sequence[tuple[np.ndarray, Any]]":
     for index, spec in enumerate(model.workload.tables):
         table = plan.tables[spec.name]
         groups.setdefault((table.sharding_type, table.kernel), []).append(index)
-    return [_cost_of_all(plan, model, indices) for indices in groups.values()]
+    return [_cost_of(plan, model, indices) for indices in groups.values()]
 
 
-def _cost_of(plan: Plan, model: CostModel, index: int) -> tuple[np.ndarray, Any]:
-    return _cost_of_all(plan, model, [index])
-
-
-def _cost_of_all(plan: Plan, model: CostModel, indices: Sequence[int]) -> tuple[np.ndarray, Any]:
+def _cost_of(plan: Plan, model: CostModel, indices: Sequence[int]) -> tuple[np.ndarray, Any]:
     specs = [model.workload.tables[index] for index in indices]
     first = plan.tables[specs[0].name]
     if first.sharding_type == "data_parallel":
