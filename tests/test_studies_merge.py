@@ -192,7 +192,7 @@ def test_the_best_possible_is_a_line_with_a_break_of_the_axis_where_it_is_far(
     study: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, far: bool
 ) -> None:
     merged = study.points[0].merged
-    near = {name: merged[name].mean for name in ("auc", "logloss", "ne")}
+    near: dict[str, Any] = {name: merged[name].mean for name in ("auc", "logloss", "ne")}
     best = ClickMetrics(**({"auc": 0.99, "logloss": 0.01, "ne": 0.02} if far else near), calibration=1.0, num_rows=9)
     figures: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
@@ -236,7 +236,7 @@ def test_an_interrupted_job_goes_on(prepared: Path, tmp_path: Path, monkeypatch:
     monkeypatch.undo()
     checkpoints = broken.out / "members" / "dcnv2_s0" / "checkpoints"
     before = files(checkpoints.parent.parent.parent)
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000002", "step-00000004"]
+    assert sorted(path.name for path in checkpoints.glob("step-*")) == ["step-00000002", "step-00000004"]
     results = merge_study(broken, recipe(prepared))
     after = files(broken.out)
     assert all(after[path] == before[path] for path in before if "step-00000004" in path.parts)

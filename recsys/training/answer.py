@@ -10,8 +10,8 @@ from recsys.config import InputError, load_file, nearest
 from recsys.distributed import World, on_first
 from recsys.embeddings.quantised import TableBytes
 from recsys.merge.rules import Merge
-from recsys.training import checkpoint
 from recsys.training.budget import Answers, Timed
+from recsys.training.checkpoint import folder as checkpoints
 from recsys.training.config import TrainConfig
 from recsys.training.metrics import ClickMetrics
 from recsys.training.predict import Predictor
@@ -98,8 +98,8 @@ def _members(run: RunFolder, config: PredictConfig) -> list[str]:
 
 
 def _best_first(run: RunFolder, known: list[str]) -> list[str]:
-    newest = checkpoint.newest(run.checkpoints)
-    saved = run.load_merge(checkpoint.step_of(newest)) if newest else None
+    newest = checkpoints.newest(run.checkpoints)
+    saved = run.load_merge(checkpoints.step_of(newest)) if newest else None
     return saved[1] if saved else known
 
 

@@ -1,98 +1,162 @@
-"""Optimizers: Adagrad on tables, Adam on the rest, and one learning-rate schedule over both."""
+"""Optimizers of tables and of the rest, each under a schedule of its learning rate."""
 
 import functools
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
-from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from recsys.config import InputError
 from recsys.embeddings.config import TABLE_SEPARATOR
 from recsys.embeddings.robe import RobeArray
 from recsys.members import MemberSpec
-from recsys.sharding.torchrec import TableOptimizer
+from recsys.sharding.torchrec import COUNTING, TableOptimizer
+from recsys.sharding.workload import OptimizerKind
+from recsys.training.dense_optim import DenseKind, dense_optimizer
+from recsys.training.schedule import Decay, Schedule
+from recsys.training.table_optim import TABLE, RowOptimizer
 
-# What stands before a table's name in the name of a parameter, and before that of the member whose it is: of its
-# layers, and of what its embeddings have beside tables.
-TABLE, MEMBER, EMBEDDING = "embedding_bags.", ".by_name.", ".by_owner."
+# What stands before the name of the member whose a parameter is: of its layers, and of what its embeddings have beside
+# tables.
+MEMBER, EMBEDDING = ".by_name.", ".by_owner."
 BEFORE_OWNER = "|".join(map(re.escape, (TABLE, MEMBER, EMBEDDING)))
 _OWNER = re.compile(rf"(?:{BEFORE_OWNER})(?P<name>\w+)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Learning rates and their schedule."""
+    """Optimizers, learning rates and their schedules."""
 
-    tables: Literal["rowwise_adagrad", "adagrad"] = "rowwise_adagrad"
-    """Adagrad on the embedding tables, with one accumulator a row (a D-th of the memory) or one an element."""
+    tables: OptimizerKind = "rowwise_adagrad"
+    """Of the embedding tables; only rows that a batch looks up are updated. rowwise_adagrad keeps one accumulator a row
+    (a D-th of the memory), adagrad one an element, sgd none, adam and lamb two an element, partial_rowwise_adam one an
+    element and one a row. On a CPU the last three need gradients as large as the tables."""
     table_lr: float = 0.05
     """Learning rate of the tables."""
     table_eps: float = 1e-8
-    """Added to the root of the tables' accumulated squared gradients."""
+    """Added to the root of the tables' squared gradients."""
+    table_betas: tuple[float, float] = (0.9, 0.999)
+    """Of adam, partial_rowwise_adam and lamb on tables: what a step keeps of the means of gradients and of squares."""
+    dense: DenseKind = "adamw"
+    """Of everything else; muon takes the matrices, and adamw what they leave. lamb needs pytorch-optimizer."""
     dense_lr: float = 1e-3
-    """Adam on everything else."""
+    """Learning rate of everything else."""
     weight_decay: float = 0.0
-    """Decoupled (AdamW), on everything but the tables."""
+    """On everything but the tables: decoupled, but for adam, adagrad and sgd, which add it to the gradient."""
+    momentum: float = 0.9
+    """Of sgd and muon."""
     warmup_steps: int = 0
     """Steps over which both learning rates grow from 0."""
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    """How both learning rates fall from the end of the warm-up to 0 after the last step."""
+    decay: Decay = "constant"
+    """How both learning rates fall after the warm-up: linear, cosine and polynomial to 0 after the last step, step by
+    decay_gamma at each of decay_milestones."""
+    decay_power: float = 2.0
+    """Of polynomial: what is left of the steps, as a share, to this power."""
+    decay_milestones: tuple[int, ...] = ()
+    """Of step: steps at which the rates fall."""
+    decay_gamma: float = 0.1
+    """Of step: what they are multiplied by."""
+    table_warmup_steps: int | None = None
+    """The tables' own warm-up."""
+    table_decay: Decay | None = None
+    """How the tables' rate falls, where not as the other."""
+    clip_norm: float | None = None
+    """Scale the gradients of everything but the tables down to this norm, taken over all of them."""
+    clip_table_values: float | None = None
+    """Cut each element of the gradients of looked-up vectors, before those of one row are summed, to within this; as
+    FBGEMM's gradient_clipping does. They are of the mean loss over the batch."""
+    ema_decay: float | None = None
+    """Keep exponential moving averages of everything but the tables, by this decay a step, and validate with them."""
 
     def __post_init__(self) -> None:
         if not self.table_eps > 0:
             raise ValueError(f"table_eps {self.table_eps} must be above 0: a row without gradients divides by it")
-        for name in ("table_lr", "dense_lr", "weight_decay", "warmup_steps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} {getattr(self, name)} must not be negative")
+        for name in ("table_lr", "dense_lr", "weight_decay", "warmup_steps", "table_warmup_steps"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} {value} must not be negative")
+        for name in ("clip_norm", "clip_table_values"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} {value} must be above 0; leave it out to clip nothing")
+        for name in ("momentum", "ema_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} {value} must lie in [0, 1)")
+        if not all(0 <= beta < 1 for beta in self.table_betas):
+            raise ValueError(f"table_betas {self.table_betas} must lie in [0, 1)")
+        _ = self.dense_schedule, self.table_schedule
 
     @property
     def table_optimizer(self) -> TableOptimizer:
-        """The part that is fused into the tables' backward."""
-        return TableOptimizer(kind=self.tables, lr=self.table_lr, eps=self.table_eps)
+        """The tables'."""
+        return TableOptimizer(kind=self.tables, lr=self.table_lr, eps=self.table_eps, betas=self.table_betas)
 
-    def factor(self, step: int, num_steps: int) -> float:
-        """What learning rates are multiplied by at `step` of `num_steps`, counted from 0."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        if self.decay == "constant":
-            return 1.0
-        done = (step - self.warmup_steps) / max(num_steps - self.warmup_steps, 1)
-        return 1.0 - done if self.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    @property
+    def dense_schedule(self) -> Schedule:
+        """Of everything but the tables."""
+        return self._schedule(self.warmup_steps, self.decay)
+
+    @property
+    def table_schedule(self) -> Schedule:
+        """Of the tables."""
+        warmup_steps = self.warmup_steps if self.table_warmup_steps is None else self.table_warmup_steps
+        return self._schedule(warmup_steps, self.table_decay or self.decay)
+
+    def _schedule(self, warmup_steps: int, decay: Decay) -> Schedule:
+        stepped = "step" in (self.decay, self.table_decay)
+        return Schedule(
+            warmup_steps=warmup_steps,
+            decay=decay,
+            power=self.decay_power,
+            # Those are for the other schedule, where only one falls by steps.
+            milestones=self.decay_milestones if decay == "step" or not stepped else (),
+            gamma=self.decay_gamma,
+        )
 
 
 class Optimizer:
-    """All optimizers of a sharded model, with one schedule.
+    """All optimizers of a sharded model, each under its schedule.
 
-    Tables that the plan made data-parallel are not in the fused optimizer; here they get the same Adagrad, so that a
-    table is optimized alike under every plan. Arrays of ROBE get Adagrad with an accumulator for each element, for they
-    have no rows; a job of one rank on a CPU updates only what a batch touches of them, in the backward.
+    Its parts: `tables`, fused into their backward; `unfused_tables`, data-parallel or under the kernel dense, which are
+    updated by the same formulas, so that a table is optimized alike under every plan; `dense`; and `arrays` of ROBE,
+    whose elements count as rows of one, since they have no others. A job of one rank on a CPU with Adagrad updates only
+    what a batch touches of an array, in the backward.
 
     Args:
         model: sharded; tables whose members have a rate of their own were given it before (`own_table_lrs`).
-        config: kinds, rates and their schedule.
-        num_steps: where the schedule ends.
+        config: kinds, rates and their schedules.
+        num_steps: where the schedules end.
         members: those with rates of their own have them.
+
+    Raises:
+        InputError: a kind that arrays cannot have, or that needs a library that is not there.
+
+    Attributes:
+        combined: of all parts.
+        dense: the parameters that are in no table or array, by name.
+        factor: what both learning rates are multiplied by beside their schedules.
     """
 
     def __init__(
         self, model: DistributedModelParallel, config: OptimizerConfig, num_steps: int, members: Sequence[MemberSpec]
     ) -> None:
-        self.config = config
-        self.num_steps = num_steps
+        self.config, self.num_steps, self.factor = config, num_steps, 1.0
         own = {spec.name: spec for spec in members}
-        parts: list[tuple[str, KeyedOptimizer]] = [("tables", model.fused_optimizer)]
-        rest = dict(in_backward_optimizer_filter(model.named_parameters()))
-        replicated = {name: rest.pop(name) for name in list(rest) if TABLE in name}
         robes = [module for module in model.modules() if isinstance(module, RobeArray)]
-        arrays = {name: rest.pop(name) for name in list(rest) if any(rest[name] is robe.array for robe in robes)}
+        self.dense = dense_parameters(model)
+        others = dict(in_backward_optimizer_filter(model.named_parameters()))
+        unfused = {name: param for name, param in others.items() if TABLE in name}
+        arrays = {name: param for name, param in others.items() if name not in unfused and name not in self.dense}
 
         def lr_of(name: str, rate: Literal["dense_lr", "table_lr"]) -> float:
             match = _OWNER.search(name)
@@ -100,30 +164,87 @@ class Optimizer:
             lr: float | None = getattr(spec, rate, None)
             return getattr(config, rate) if lr is None else lr
 
-        dense = _groups(rest, functools.partial(lr_of, rate="dense_lr"))
-        adam = torch.optim.AdamW(dense, weight_decay=config.weight_decay, fused=True)
-        parts.append(("dense", KeyedOptimizerWrapper(rest, lambda _: adam)))
-        if replicated:
-            kind = RowWiseAdagrad if config.tables == "rowwise_adagrad" else torch.optim.Adagrad
-            groups = _groups(replicated, functools.partial(lr_of, rate="table_lr"))
-            adagrad = kind(groups, eps=config.table_eps)
-            parts.append(("replicated_tables", KeyedOptimizerWrapper(replicated, lambda _: adagrad)))
+        dense_lr, table_lr = functools.partial(lr_of, rate="dense_lr"), functools.partial(lr_of, rate="table_lr")
+        parts: list[tuple[str, KeyedOptimizer]] = [("tables", model.fused_optimizer)]
+        parts.append(
+            (
+                "dense",
+                dense_optimizer(
+                    config.dense, self.dense, dense_lr, weight_decay=config.weight_decay, momentum=config.momentum
+                ),
+            )
+        )
+        if unfused:
+            unfused_tables = _unfused(model, unfused, config.table_optimizer, table_lr)
+            if unfused_tables.params:
+                parts.append(("unfused_tables", unfused_tables))
         if arrays:
-            groups = _groups(arrays, functools.partial(lr_of, rate="table_lr"))
-            elementwise = torch.optim.Adagrad(groups, eps=config.table_eps, fused=True)
-            parts.append(("arrays", KeyedOptimizerWrapper(arrays, lambda _: elementwise)))
-            for robe in robes:
-                if dist.get_world_size() == 1 and robe.array.device.type == "cpu":
-                    robe.fuse(elementwise)
+            parts.append(("arrays", _arrays(arrays, robes, config.table_optimizer, table_lr)))
         self.combined = CombinedOptimizer(parts)
         self._base_lrs = [group["lr"] for group in self.combined.param_groups]
-        _make_state(parts[1][1])
+        self._schedules = [
+            config.dense_schedule if name == "dense" else config.table_schedule
+            for name, part in parts
+            for _ in part.param_groups
+        ]
+        self._by_row = [part for _, part in parts if isinstance(part, RowOptimizer)]
+        counts = config.tables in COUNTING
+        self._fused = [m for m in model.modules() if isinstance(m, SplitTableBatchedEmbeddingBagsCodegen) and counts]
 
     def schedule(self, step: int) -> None:
-        """Set the learning rates of `step`."""
-        factor = self.config.factor(step, self.num_steps)
-        for base, group in zip(self._base_lrs, self.combined.param_groups, strict=True):
-            group["lr"] = base * factor
+        """Set the learning rates of `step`, and how many updates there were before it."""
+        for group, base, schedule in zip(self.combined.param_groups, self._base_lrs, self._schedules, strict=True):
+            group["lr"] = base * self.factor * schedule.factor(step, self.num_steps)
+            if "step" in group:  # of libraries that count in the group, which is not saved
+                group["step"] = step
+        for part in self._by_row:
+            part.count = step
+        for tables in self._fused:
+            tables.iter.fill_(step)
+            tables.iter_cpu.fill_(step)
+
+    @property
+    def table_state(self) -> Mapping[str, Any]:
+        """State of all tables, by parameter: fused, sharded or replicated."""
+        state: Mapping[str, Any] = self.combined.state_dict()["state"]
+        return {key: values for key, values in state.items() if TABLE in key}
+
+
+def dense_parameters(model: DistributedModelParallel) -> dict[str, nn.Parameter]:
+    """The parameters of a sharded model that are in no table or array, by name."""
+    arrays = {id(module.array) for module in model.modules() if isinstance(module, RobeArray)}
+    params = in_backward_optimizer_filter(model.named_parameters())
+    return {name: param for name, param in params if TABLE not in name and id(param) not in arrays}
+
+
+def _unfused(
+    model: DistributedModelParallel, params: dict[str, nn.Parameter], optimizer: TableOptimizer, lr_of: Any
+) -> RowOptimizer:
+    """Of the tables that are data-parallel, and of what lies here of those under the kernel dense."""
+    values = model.state_dict()
+    sharded = {name: values[name] for name in params if isinstance(values[name], ShardedTensor)}
+    here = {name: param for name, param in params.items() if name not in sharded or sharded[name].local_shards()}
+    return RowOptimizer(here, optimizer, {name: lr_of(name) for name in here}, sharded)
+
+
+def _arrays(
+    arrays: dict[str, nn.Parameter], robes: Sequence[RobeArray], optimizer: TableOptimizer, lr_of: Any
+) -> KeyedOptimizer:
+    if optimizer.kind == "lamb":
+        raise InputError(
+            "--optimizer.tables lamb: arrays of robe have no rows to take norms of; use adam, or another --embeddings"
+        )
+    if optimizer.kind not in ("adagrad", "rowwise_adagrad"):
+        return RowOptimizer(arrays, optimizer, {name: lr_of(name) for name in arrays})
+    by_lr: dict[float, list[nn.Parameter]] = {}
+    for name, array in arrays.items():
+        by_lr.setdefault(lr_of(name), []).append(array)
+    groups = [{"params": group, "lr": lr} for lr, group in by_lr.items()]
+    adagrad = torch.optim.Adagrad(groups, eps=optimizer.eps, fused=True)
+    for robe in robes:
+        if dist.get_world_size() == 1 and robe.array.device.type == "cpu":
+            robe.fuse(adagrad)
+    return KeyedOptimizerWrapper(arrays, lambda _: adagrad)
 
 
 def own_table_lrs(tables: nn.Module, members: Sequence[MemberSpec]) -> None:
@@ -133,24 +254,3 @@ def own_table_lrs(tables: nn.Module, members: Sequence[MemberSpec]) -> None:
         lr = own.get(name.partition(TABLE)[2].partition(TABLE_SEPARATOR)[0])
         if lr is not None:
             weight._optimizer_kwargs = [{"learning_rate": lr}]  # type: ignore[attr-defined]
-
-
-def _groups(params: dict[str, nn.Parameter], lr_of: Callable[[str], float]) -> list[dict[str, Any]]:
-    """A group of parameters for each learning rate."""
-    by_lr: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in params.items():
-        by_lr.setdefault(lr_of(name), []).append(parameter)
-    return [{"params": group, "lr": lr} for lr, group in by_lr.items()]
-
-
-def _make_state(adam: KeyedOptimizer) -> None:
-    """Make the state that a fresh Adam lacks: loading a checkpoint would skip what is not there and say nothing.
-
-    init_state() makes it by a step on zero gradients, which must neither decay a parameter nor count; `schedule` sets
-    the learning rates.
-    """
-    for group in adam.param_groups:
-        group["lr"] = 0.0
-    adam.init_state()
-    for state in adam.state.values():
-        state["step"].zero_()

@@ -8,21 +8,22 @@ import torch
 from torch import nn
 
 from recsys.config import InputError, load_file, nearest
-from recsys.data.batch import Batch, to_device
+from recsys.data.batch import Batch
 from recsys.data.loader import Loader
 from recsys.data.schema import Schema
-from recsys.distributed import World, gather_to_first, mean_over_ranks, on_every, on_first
+from recsys.distributed import World, mean_over_ranks, on_every, on_first
 from recsys.embeddings.config import served_dtype
 from recsys.embeddings.precision import for_inference
 from recsys.embeddings.quantised import TableBytes, quantise_tables
 from recsys.members import MemberSpec
 from recsys.merge.rules import FITTED, Merge
-from recsys.tasks.click import Outputs
-from recsys.training import checkpoint
+from recsys.training.checkpoint import folder as checkpoints
+from recsys.training.checkpoint.load import load
 from recsys.training.config import TrainConfig
 from recsys.training.predictions import Predictions, greedy_order, merge_for
 from recsys.training.run import RunFolder, data_facts
 from recsys.training.sharded import held_out, shard
+from recsys.training.share import Share, check_groups, predict_share
 
 
 class Predictor:
@@ -56,14 +57,14 @@ class Predictor:
         self.config = replace(config, data=data or config.data, train=loop, sharding=sharding)
         self.schema = on_every(lambda: Schema.load(self.config.data))
         self.run.check_schema(self.schema)
-        newest = on_first(lambda: checkpoint.newest(self.run.checkpoints))
+        newest = on_first(lambda: checkpoints.newest(self.run.checkpoints))
         if newest is None:
             raise InputError(f"{self.run.checkpoints}: no checkpoint in it; the run has not saved one yet")
         specs = [self._spec(name) for name in members] if members else self.config.specs()
         self.specs = [replace(spec, model=for_inference(spec.model, world.device)) for spec in specs]
         local_batch_size = max(self.config.train.batch_size // world.size, 1)
         self.task, _, _ = shard(self.config, self.schema, self.specs, local_batch_size, world)
-        self.step = checkpoint.load(newest, self.task)
+        self.step = load(newest, self.task)
 
     def _spec(self, name: str) -> MemberSpec:
         specs = {spec.name: spec for spec in self.config.specs()}
@@ -127,23 +128,21 @@ class Predictor:
         facts = {"schema": self.schema.hash, "split": split, "data": str(self.config.data)}
         return facts | ({"manifest": manifest} if manifest else {})
 
+    def share(self, split: str, by: str | None = None) -> Share:
+        """Logits of this rank's rows of a split, with the ids of a feature that they are grouped by, if one is named.
+
+        Raises:
+            InputError: rows cannot be grouped by that feature.
+        """
+        if by is not None:
+            on_first(lambda: check_groups(by, self.schema, self.config.loader.multi_hot))
+        return predict_share(self.task, self.names, self.held_out(split).once(), self.world.device, by)
+
     def predict(self, split: str) -> Predictions | None:
         """Logits of a split's rows on rank 0, None on the others."""
         return predict(self.task, self.names, self.held_out(split).once(), self.world)
 
 
-@torch.no_grad()
 def predict(task: nn.Module, names: Sequence[str], batches: Iterator[Batch], world: World) -> Predictions | None:
     """Run the task over this rank's batches; rank 0 gets the predictions of all ranks, the others None."""
-    was_training = task.training
-    task.eval()
-    outputs: list[Outputs] = [task(batch)[1] for batch in to_device(batches, world.device)]
-    task.train(was_training)
-    gathered = [
-        gather_to_first(torch.cat([getattr(output, name) for output in outputs]).float())
-        for name in ("logits_BM", "labels_B", "weights_B")
-    ]
-    logits, labels, weights = gathered
-    if logits is None or labels is None or weights is None:
-        return None
-    return Predictions.of_whole_split(names, *(values.cpu().numpy() for values in (logits, labels, weights)))
+    return predict_share(task, names, batches, world.device).gathered()

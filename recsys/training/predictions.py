@@ -16,8 +16,8 @@ from recsys.members import FILE_COLUMNS
 from recsys.merge.fit import fit
 from recsys.merge.rules import FITTED, Merge
 from recsys.merge.selection import greedy_selection
+from recsys.metrics.click import ClickMetrics, ClickScores
 from recsys.place import whole
-from recsys.training.metrics import ClickMetrics, click_metrics
 
 MERGED = "merged"
 ROW, LABEL, WEIGHT = FILE_COLUMNS
@@ -206,8 +206,8 @@ def metrics_of(predictions: Predictions, merged_N: np.ndarray, answered_NM: np.n
     logits, labels, weights = predictions.tensors
 
     def metrics(logit_N: Tensor, rows_N: Tensor) -> ClickMetrics:
-        probabilities = torch.sigmoid(logit_N[rows_N]).numpy()
-        return click_metrics(labels[rows_N].numpy(), probabilities, weights[rows_N].numpy())
+        columns = (values[rows_N].numpy() for values in (logit_N, labels, weights))
+        return ClickScores(np.float64, np.float64).add(*columns).metrics()
 
     answered = torch.from_numpy(answered_NM)
     found = {

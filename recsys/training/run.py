@@ -2,17 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from recsys.config import InputError, dump, write_whole
+from recsys.config import InputError, dump, read_values, write_whole
 from recsys.data.manifest import MANIFEST
 from recsys.data.schema import Schema
 from recsys.merge.rules import Merge
+from recsys.place import place
 from recsys.sharding.plan import Plan
+from recsys.training.sinks import SinkConfig, Write, open_sinks
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class RunFolder:
         """
         folder = cls(path)
         if folder.config.exists() and not resume:
-            raise InputError(f"{path}: holds a run already; name another --out, or go on with it by --resume")
+            raise InputError(f"{path}: holds a run already; name another --out, or go on with it by --resume auto")
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -70,8 +73,18 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of checkpoints."""
-        return self.path / "checkpoints"
+        """Folder of checkpoints, which `config.json` may have put elsewhere."""
+        values = read_values(self.config) if self.config.exists() else {}
+        elsewhere = values.get("checkpoints", {}).get("folder")
+        return place(elsewhere) if elsewhere else self.path / "checkpoints"
+
+    @property
+    def id(self) -> str:
+        """What tells this run from others, wherever its folder is moved."""
+        file = self.path / "run.json"
+        if not file.exists():
+            write_whole(file, json.dumps({"id": uuid.uuid4().hex}) + "\n")
+        return str(read_values(file)["id"])
 
     def describe(self, config: Any, schema: Schema, plan: Plan) -> None:
         """Write what is known before the first step; `config.json` last, since it marks the folder as taken."""
@@ -135,28 +148,19 @@ class RunFolder:
                 )
 
     @contextmanager
-    def writer(self, step: int, is_first: bool) -> Iterator[Callable[[str, int, Mapping[str, Any]], None]]:
-        """Yield `write(kind, step, values)`, which appends to metrics.jsonl and to TensorBoard's events, on rank 0.
+    def writer(self, step: int, is_first: bool, sinks: SinkConfig | None = None) -> Iterator[Write]:
+        """Yield `write(kind, step, values)`, which hands a record to all sinks, on rank 0; see recsys.training.sinks.
 
         What an earlier attempt wrote past `step`, from where this one goes on, is dropped.
+
+        Raises:
+            InputError: a sink that cannot be opened.
         """
-        if not is_first:
+        if is_first:
+            with open_sinks(self.path, step, sinks or SinkConfig()) as write:
+                yield write
+        else:
             yield lambda kind, step, values: None
-            return
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (slow to import, and for rank 0 alone)
-
-        lines = self.path / "metrics.jsonl"
-        kept = [line for line in _lines(lines) if json.loads(line)["step"] <= step]
-        write_whole(lines, "".join(kept))
-        with SummaryWriter(self.path / "tensorboard", purge_step=step + 1) as board, lines.open("a") as file:
-
-            def write(kind: str, step: int, values: Mapping[str, Any]) -> None:
-                file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-                file.flush()
-                for name, value in _flat(values):
-                    board.add_scalar(f"{kind}/{name}", value, step)
-
-            yield write
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -186,16 +190,3 @@ def data_facts(folder: Path) -> dict[str, Any]:
         "seed": config.get("seed"),
         "rows": {name: split.get("num_rows") for name, split in manifest.get("splits", {}).items()},
     }
-
-
-def _lines(path: Path) -> list[str]:
-    """Whole lines; a writer that was killed may have left half a one."""
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value

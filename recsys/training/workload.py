@@ -1,6 +1,6 @@
 """What a model costs a step, in the words of sharding plans."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ def workload(config: TrainConfig, schema: Schema, model: RecModel | None = None)
     if model is None:
         with torch.device("meta"):
             model = RecModel(schema, config.specs())
-    hotness = _hotness(config, schema)
+    hotness = ids_a_row(config, schema)
     tables, in_tables = [], 0
     for part in model.modules():
         if isinstance(part, EmbeddingBagCollection):
@@ -53,23 +53,27 @@ def workload(config: TrainConfig, schema: Schema, model: RecModel | None = None)
         batch_size=config.train.batch_size,
         optimizer=config.optimizer.tables,
         dense_parameters=sum(parameter.numel() for parameter in model.parameters()) - in_tables,
-        dense_flops=sum(_flops(member) for member in members),
+        dense_flops=dense_flops(members),
         dense_precision=config.model.precision,
         dense_activations=sum(_activations(member) for member in members),
     )
 
 
-def _hotness(config: TrainConfig, schema: Schema) -> Mapping[str, int]:
+def ids_a_row(config: TrainConfig, schema: Schema) -> Mapping[str, int]:
     """Ids a row of each feature, as they reach the model."""
     if config.loader.multi_hot == "none":
         return schema.hotness
     return dict(zip(schema.sparse, config.loader.multi_hot_sizes or MLPERF_SIZES, strict=True))
 
 
-def _flops(member: Member) -> int:
-    """Of one row's forward."""
-    around = [member.head, member.dense_field]
-    return int(member.backbone.flops()) + sum(linear_flops(part) for part in around if part is not None)
+def dense_flops(members: Iterable[Member]) -> int:
+    """Of one row's forward in all members."""
+
+    def flops(member: Member) -> int:
+        around = [member.head, member.dense_field]
+        return int(member.backbone.flops()) + sum(linear_flops(part) for part in around if part is not None)
+
+    return sum(flops(member) for member in members)
 
 
 def _activations(member: Member) -> int:

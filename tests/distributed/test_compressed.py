@@ -15,7 +15,7 @@ from recsys.data.loader import LoaderConfig
 from recsys.distributed import World, process_group
 from recsys.embeddings.robe import RobeArray
 from recsys.studies.merge_runs import MergeConfig, merge_runs
-from recsys.training import checkpoint
+from recsys.training.checkpoint import folder as checkpoints
 from recsys.training.config import TrainConfig
 from recsys.training.optim import Optimizer
 from recsys.training.predict import Predictor
@@ -155,7 +155,7 @@ def test_resumed_equals_uninterrupted(job: str, prepared: Path, world: World, tm
     whole, half = (dataclasses.replace(config, out=tmp_path / name) for name in ("whole", "half"))
     Trainer(whole, world).train()
     Trainer(dataclasses.replace(half, train=dataclasses.replace(half.train, num_steps=6)), world).train()
-    Trainer(dataclasses.replace(half, resume=True), world).train()
+    Trainer(dataclasses.replace(half, resume="auto"), world).train()
     resumed, uninterrupted = losses(half.out), losses(whole.out)
     assert len(resumed) == len(uninterrupted) >= 10
     for one, other in zip(resumed[-4:], uninterrupted[-4:], strict=True):
@@ -168,7 +168,7 @@ def test_a_run_of_one_rank_goes_on_on_two(prepared: Path, world: World, tmp_path
     first = dataclasses.replace(config.train, num_steps=5)
     Trainer(one, world).train()
     Trainer(dataclasses.replace(two, train=first), world).train()
-    on_ranks(2, _train, dataclasses.replace(two, resume=True))
+    on_ranks(2, _train, dataclasses.replace(two, resume="auto"))
     for mine, other in zip(losses(two.out)[-5:], losses(one.out)[-5:], strict=True):
         assert mine == pytest.approx(other, abs=LOSS_TOLERANCE)
 
@@ -196,7 +196,7 @@ def test_runs_of_all_kinds_merge_and_go_on(prepared: Path, world: World, tmp_pat
     Trainer(together, world).train()
     config = load_file(TrainConfig, tmp_path / "merged" / "config.json")
     loop = dataclasses.replace(config.train, num_steps=10, log_every=1)
-    Trainer(dataclasses.replace(config, out=tmp_path / "merged", resume=True, train=loop), world).train()
+    Trainer(dataclasses.replace(config, out=tmp_path / "merged", resume="auto", train=loop), world).train()
     for mine, other in zip(losses(tmp_path / "merged")[-5:], losses(tmp_path / "together")[-5:], strict=True):
         assert mine == pytest.approx(other, abs=LOSS_TOLERANCE)
 
@@ -210,7 +210,7 @@ def test_an_array_moves_to_another_name_with_its_accumulators(prepared: Path, wo
     for run in ("7", "merged"):
         config = load_file(TrainConfig, tmp_path / run / "config.json")
         trainer = Trainer(config, world)
-        newest = checkpoint.newest(tmp_path / run / "checkpoints")
+        newest = checkpoints.newest(tmp_path / run / "checkpoints")
         assert newest
         trainer.load(newest)
         found = dict(trainer.optimizer.combined.optimizers)["arrays"]

@@ -20,7 +20,7 @@ from recsys.embeddings.fields import Embeddings
 from recsys.embeddings.init import fill_uniform
 from recsys.studies.config import MergeConfig
 from recsys.studies.merge_runs import merge_runs
-from recsys.training import checkpoint
+from recsys.training.checkpoint.saver import save_once
 from recsys.training.config import TrainConfig
 from recsys.training.evaluate import EvaluateConfig, evaluate
 from recsys.training.trainer import Trainer
@@ -193,7 +193,7 @@ def _save(world: World, each: TrainConfig, folder: Path, out: Path) -> None:
     losses(trainer, 10)
     if world.is_first:
         (folder / "config.json").write_text("{}")
-    checkpoint.save(folder, trainer.step, trainer.task, trainer.optimizer, [folder / "config.json"])
+    save_once(folder, world, trainer.step, trainer.state(), [folder / "config.json"])
     found = logits(trainer), losses(trainer, 10), logits(trainer)
     if world.is_first:
         torch.save(found, out)
@@ -285,7 +285,7 @@ def test_a_run_of_other_rows_is_resumed_and_predicts(raw: Path, world: World, tm
     before = evaluate(EvaluateConfig(run=whole.out, split="valid"), world)
     more = dataclasses.replace(
         whole,
-        resume=True,
+        resume="auto",
         model=dataclasses.replace(whole.model, rows=190),
         train=dataclasses.replace(whole.train, num_steps=8),
     )

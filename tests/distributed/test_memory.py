@@ -13,7 +13,10 @@ import torch
 
 from recsys.data.schema import Schema
 from recsys.distributed import World, process_group
-from recsys.training import checkpoint, chunks
+from recsys.training.checkpoint import chunks
+from recsys.training.checkpoint.load import load
+from recsys.training.checkpoint.saver import save_once
+from recsys.training.checkpoint.state import state_of
 from recsys.training.config import TrainConfig
 from recsys.training.trainer import Trainer
 from tests.distributed.jobs import on_ranks, small_config
@@ -58,9 +61,9 @@ def _train_and_save(world: World, config: TrainConfig, out: Path) -> None:
     for _ in range(3):
         trainer.train_step(batches)
     peaks["trained"] = peak()
-    folder = checkpoint.save(out / "checkpoints", 3, trainer.task, trainer.optimizer, [])
+    folder = save_once(out / "checkpoints", world, 3, state_of(trainer.task, trainer.optimizer, 3), [])
     peaks["saved"] = peak()
-    assert checkpoint.load(folder, trainer.task, trainer.optimizer) == 3
+    assert load(folder, trainer.task, trainer.optimizer) == 3
     peaks["loaded"] = peak()
     tensors = [*trainer.task.state_dict().values()]
     for state in trainer.optimizer.combined.state_dict()["state"].values():
@@ -139,7 +142,7 @@ def _save_in_chunks(world: World, config: TrainConfig, out: Path) -> None:
     batches = trainer.loader.stream()
     for _ in range(3):
         trainer.train_step(batches)
-    checkpoint.save(out / "checkpoints", 3, trainer.task, trainer.optimizer, [])
+    save_once(out / "checkpoints", world, 3, state_of(trainer.task, trainer.optimizer, 3), [])
     whole = trainer.task.state_dict()
     for key, cut in chunks.in_chunks(whole).items():
         if "embedding_bags" in key:

@@ -83,7 +83,7 @@ def test_a_merged_run_goes_on_like_the_run_of_one_job(runs: Path, world: World, 
     for name in ("merged", "together"):
         config = load_file(TrainConfig, runs / name / "config.json")
         loop = dataclasses.replace(config.train, num_steps=MORE_STEPS)
-        Trainer(dataclasses.replace(config, out=runs / name, resume=True, train=loop), world).train()
+        Trainer(dataclasses.replace(config, out=runs / name, resume="auto", train=loop), world).train()
     merged, together = losses(runs / "merged"), losses(runs / "together")
     assert sorted(merged) == list(range(STEPS + 1, MORE_STEPS + 1))
     for step, expected in merged.items():
@@ -199,9 +199,9 @@ def test_what_a_merged_run_goes_on_with_is_told(
     merge_runs(MergeConfig(sources=(runs / "a", other, later), out=tmp_path / "out"), world)
     num_steps = 3 * (json.loads((runs / "a" / "data.json").read_text())["rows"]["train"] // 128)
     assert capfd.readouterr().err.splitlines() == [
-        f"{other}: on --resume, num_epochs 3, num_steps None, weight_decay 0.5, decay cosine become {runs / 'a'}'s "
-        "1, 10, 0.0, constant",
-        f"{later}: on --resume, num_steps 12 become {runs / 'a'}'s 10",
+        f"{other}: on --resume auto, num_epochs 3, num_steps None, weight_decay 0.5, decay cosine become "
+        f"{runs / 'a'}'s 1, 10, 0.0, constant",
+        f"{later}: on --resume auto, num_steps 12 become {runs / 'a'}'s 10",
         f"{runs / 'a'} at step 10; {other} at step 10 of {num_steps}, unfinished; {later} at step 11 of 12, "
         "unfinished; the merged run goes on from step 11",
     ]

@@ -15,10 +15,13 @@ from recsys.distributed import World, process_group
 from recsys.embeddings.config import EmbeddingConfig, Owner
 from recsys.embeddings.init import init_tables
 from recsys.embeddings.precision import check_precision, check_replicated, for_inference, fused_params
-from recsys.training import checkpoint
+from recsys.training.checkpoint import folder as checkpoints
+from recsys.training.checkpoint.saver import save_once
+from recsys.training.checkpoint.state import state_of
 from recsys.training.config import TrainConfig
 from recsys.training.evaluate import EvaluateConfig, evaluate
 from recsys.training.predict import Predictor
+from recsys.training.run import RunFolder
 from recsys.training.trainer import Trainer
 from tests.distributed.jobs import Outcome, on_ranks, small_config, train_here, train_on_ranks
 
@@ -97,7 +100,7 @@ def test_memory_and_checkpoints_halve(prepared: Path, world: World, tmp_path: Pa
         trainer = Trainer(config, world)
         trainer.train()
         sizes.append(sum(weight.nbytes for weight in table_shards(trainer).values()))
-        files.append(size_of(checkpoint.newest(config.out / "checkpoints") or tmp_path))
+        files.append(size_of(checkpoints.newest(config.out / "checkpoints") or tmp_path))
     assert sizes[1] * 2 == sizes[0]
     assert 0.95 * sizes[1] < files[0] - files[1] < 1.05 * sizes[1]
 
@@ -106,7 +109,7 @@ def test_resumed_equals_uninterrupted(prepared: Path, world: World, tmp_path: Pa
     whole = small_config(prepared, out=tmp_path / "whole", members=MEMBERS, num_steps=10)
     half = dataclasses.replace(whole, out=tmp_path / "half", train=dataclasses.replace(whole.train, num_steps=5))
     Trainer(half, world).train()
-    again = Trainer(dataclasses.replace(whole, out=half.out, resume=True), world)
+    again = Trainer(dataclasses.replace(whole, out=half.out, resume="auto"), world)
     again.train()
     straight = Trainer(whole, world)
     straight.train()
@@ -136,9 +139,9 @@ def test_bf16_tables_are_read_as_fp32_on_a_cpu(
         prepared, out=tmp_path, members=("dcnv2",), table_dtype="bf16", stochastic_rounding=True, num_steps=1
     )
     trainer = Trainer(config, world)
-    run, _ = trainer._open_run()
+    run = RunFolder(tmp_path)
     run.describe(config, trainer.schema, trainer.plan)
-    checkpoint.save(run.checkpoints, 1, trainer.task, trainer.optimizer, [run.config])
+    save_once(run.checkpoints, world, 1, state_of(trainer.task, trainer.optimizer, 1), [run.config])
     monkeypatch.undo()
     predictor = Predictor(tmp_path, world)
     expected = table_shards(trainer)

@@ -133,7 +133,7 @@ def test_a_run_goes_on_under_another_plan_on_fewer_ranks(
     whole, half = halves
     with process_group() as world:
         Trainer(whole, world).train()
-        resumed = Trainer(dataclasses.replace(whole, out=half.out, resume=True), world)
+        resumed = Trainer(dataclasses.replace(whole, out=half.out, resume="auto"), world)
         resumed.train()
         # Copies of tables are averaged by the trainer's count of steps, not by the pipeline's of batches.
         assert resumed.one_step._pipeline._dmp_collection_sync_interval_batches is None

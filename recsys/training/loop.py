@@ -1,0 +1,170 @@
+"""The loop of a run: train, log, validate, save, and stop where it is told to."""
+
+import itertools
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from recsys.data.batch import Batch
+from recsys.distributed import mean_over_ranks, on_first
+from recsys.tasks.click import Outputs
+from recsys.training.cadence import Cadence
+from recsys.training.checkpoint.saver import Saver
+from recsys.training.control import Ask, Control, Stopped
+from recsys.training.metrics import ClickMetrics
+from recsys.training.predictions import greedy_order, member_metrics, merge_for
+from recsys.training.run import RunFolder
+from recsys.training.watch import Watch
+
+if TYPE_CHECKING:
+    from recsys.training.trainer import Trainer
+
+Write = Callable[[str, int, Mapping[str, Any]], None]
+
+
+class Loop:
+    """One run on one rank, from the step at which its trainer stands.
+
+    Args:
+        trainer: what is trained.
+        run: where it is written down.
+        control: what ranks ask of one another.
+        watch: told of every step.
+        saver: writes checkpoints.
+        write: of the run's metrics, see `RunFolder.writer`.
+    """
+
+    def __init__(
+        self, trainer: "Trainer", run: RunFolder, control: Control, watch: Watch, saver: Saver, write: Write
+    ) -> None:
+        self.trainer, self.folder, self.control = trainer, run, control
+        self.watch, self.saver, self.write = watch, saver, write
+        config, loop = trainer.config, trainer.config.train
+        self.saving = Cadence(every=loop.save_every, minutes=config.checkpoints.every_minutes)
+        self.validation = Cadence(
+            every=loop.validate_every,
+            per_epoch=loop.validations_per_epoch,
+            steps_per_epoch=trainer.loader.steps_per_epoch,
+            minutes=loop.validate_every_minutes,
+        )
+        self._saved_step: int | None = None
+        self._logged_at, self._logged_step = time.perf_counter(), trainer.step
+
+    def run(self, advance: Callable[..., None]) -> dict[str, ClickMetrics] | None:
+        """Go on to the end; rank 0 gets the metrics of the last validation, the others None.
+
+        Raises:
+            SystemExit: a signal stopped the run; it is saved.
+        """
+        trainer, loop = self.trainer, self.trainer.config.train
+        batches = itertools.islice(trainer.loader.stream(trainer.step), trainer.num_steps - trainer.step)
+        while trainer.step < trainer.num_steps:
+            outputs = trainer.train_step(batches)
+            self.watch.moved(trainer.step)
+            is_last = trainer.step == trainer.num_steps
+            advance(loop.batch_size, self._log(outputs) if is_last or trainer.step % loop.log_every == 0 else "")
+            asked = self._asked()
+            if "failed" in asked:
+                self.saver.finish()
+            if "stop" in asked:
+                self._stop()
+            metrics = None
+            if not is_last and ("validate" in asked or self.validation.due(trainer.step)):
+                metrics, reason = self._validate()
+                if reason:
+                    self._say(f"stopped at step {trainer.step:,} of {trainer.num_steps:,}: {reason}")
+                    self._save(metrics)
+                    return metrics
+            if not is_last and ("save" in asked or self.saving.due(trainer.step)):
+                self._save(metrics)
+        if self._saved_step != trainer.step:
+            self._save(None)
+        metrics, _ = self._validate()
+        if metrics:
+            self.saver.validated(trainer.step, {name: asdict(member) for name, member in metrics.items()})
+        return metrics
+
+    def _asked(self) -> set[Ask]:
+        if self.trainer.world.is_first:
+            for cadence, ask in ((self.saving, "save"), (self.validation, "validate")):
+                if cadence.overdue():
+                    self.control.ask(ask)  # type: ignore[arg-type]
+        return self.control.agreed()
+
+    def _log(self, outputs: Outputs) -> str:
+        """Write a line of training metrics; returns what progress shows of it."""
+        trainer, now = self.trainer, time.perf_counter()
+        trainer.one_step.guard.check()
+        losses = mean_over_ranks(outputs.losses_M).tolist()
+        rate = (trainer.step - self._logged_step) * trainer.config.train.batch_size / (now - self._logged_at)
+        names = [spec.name for spec in trainer.specs]
+        values = {"epoch": trainer.epoch, "rows_per_s": rate, "loss": dict(zip(names, losses, strict=True))}
+        self.write("train", trainer.step, values)
+        self._logged_at, self._logged_step = time.perf_counter(), trainer.step
+        return "loss " + " ".join(f"{loss:.4f}" for loss in losses)
+
+    def _validate(self) -> tuple[dict[str, ClickMetrics] | None, str | None]:
+        """Score the validation rows, and keep the merge: metrics on rank 0, and on all ranks why to stop, if so."""
+        trainer = self.trainer
+        try:
+            with trainer.one_step.swapped():
+                predictions = trainer.predict(trainer.valid_loader, self._watched)
+        except Stopped:
+            self._stop()
+        metrics: dict[str, ClickMetrics] | None = None
+        with self.watch.paused():
+            if predictions is not None:
+                merge = merge_for(trainer.config.merge, predictions)
+                metrics = member_metrics(predictions, merge)
+                self.write("valid", trainer.step, {name: asdict(member) for name, member in metrics.items()})
+                self.folder.save_merge(merge, greedy_order(predictions), trainer.step)
+            reason = self._weigh(metrics)
+        self.validation.done()
+        self._logged_at, self._logged_step = time.perf_counter(), trainer.step
+        return metrics, reason
+
+    def _weigh(self, metrics: dict[str, ClickMetrics] | None) -> str | None:
+        """Whether to stop early, which rank 0 decides."""
+        stopping, epoch = self.trainer.stopping, self.trainer.epoch
+
+        def see() -> tuple[str | None, str | None, list[float]]:
+            assert metrics is not None, "rank 0 has them"
+            return *stopping.see(metrics, epoch), stopping.state().tolist()
+
+        reason, warning, state = on_first(see)
+        stopping.load_state(state)
+        if warning:
+            self._say(warning)
+        return reason
+
+    def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in self.control.until_stopped(batches):
+            self.watch.moved(self.trainer.step)
+            yield batch
+
+    def _save(self, metrics: Mapping[str, ClickMetrics] | None) -> None:
+        trainer = self.trainer
+        trainer.one_step.guard.check()
+        known = {name: asdict(member) for name, member in metrics.items()} if metrics else None
+        with self.watch.paused(), trainer.one_step.phases("save"):
+            self.saver.save(trainer.step, trainer.state(), [self.folder.config, self.folder.plan], known)
+        self._saved_step = trainer.step
+        self.saving.done()
+
+    def _stop(self) -> None:
+        """Save, and end this process as the signal would have."""
+        trainer = self.trainer
+        if self._saved_step != trainer.step:
+            self._save(None)
+        with self.watch.paused():
+            self.saver.finish()
+        number = self.control.signal or signal.SIGTERM
+        self._say(f"stopped by a signal at step {trainer.step:,}, which is saved; go on by --resume auto")
+        raise SystemExit(128 + number)
+
+    def _say(self, line: str) -> None:
+        if self.trainer.world.is_first:
+            print(f"recsys: {line}", file=sys.stderr, flush=True)  # noqa: T201
