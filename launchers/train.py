@@ -1,22 +1,21 @@
 """torchx component for training: `torchx run -s SCHEDULER launchers/train.py:ddp -j NODESxRANKS -- RECIPE OPTIONS`.
 
 It runs `recsys train` under torchrun on every node; on one machine, `-j 1x2` is two ranks, and `-j 2x1` two agents.
+`recsys launch train` renders the same request, and fills in more.
 """
 
 import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Dict, Optional  # noqa: UP035  (torchx reads the annotations, and knows only these)
+from typing import Dict, List, Optional  # noqa: UP035  (torchx reads the annotations, and knows only these)
 
 from torchx import specs
-from torchx.components import dist
 
-# A restarted worker over gloo must not read the addresses of the attempt before from the agent's store.
-ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+from recsys.launching.components import IMAGE, train
 
 
-def ddp(  # noqa: PLR0913  (the flags of a torchx component are its arguments)
+def ddp(  # noqa: PLR0913  (torchx reads a component's flags from the function that stands in the file)
     *recipe_and_options: str,
     j: str = "1x2",
     cpu: int = 2,
@@ -26,38 +25,36 @@ def ddp(  # noqa: PLR0913  (the flags of a torchx component are its arguments)
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
     rdzv_port: int = 29500,
-    image: str = "recsys:latest",
+    image: str = IMAGE,
+    mounts: Optional[List[str]] = None,
 ) -> specs.AppDef:
     """Train on NODES x RANKS processes.
 
     Args:
         recipe_and_options: what follows `recsys train`
-        j: nodes x ranks per node
+        j: nodes x ranks per node; LEAST:MOSTxRANKS goes on with as few nodes as the least
         cpu: cores per node
         gpu: GPUs per node
         memory_mb: memory per node
         h: named resource of a node, instead of cpu, gpu and memory_mb
         env: further environment variables
-        max_retries: restarts of the workers after a failure; give the recipe --resume, so that they go on
+        max_retries: restarts of the workers after a failure; give the recipe --resume auto, so that they go on
         rdzv_port: port of the first node at which the nodes meet, where there are several
         image: container image, where the scheduler wants one
+        mounts: what a container sees of its node: type=bind,src=FOLDER,dst=FOLDER,readonly
     """
-    component = getattr(dist, "torchrun", dist.ddp)  # the nightly line renamed it
-    app = component(
-        "train",
+    app = train(
         *recipe_and_options,
-        m="recsys.cli",
-        name="recsys-train",
-        image=image,
+        j=j,
         cpu=cpu,
         gpu=gpu,
-        memMB=memory_mb,
+        memory_mb=memory_mb,
         h=h,
-        j=j,
-        # torchx hands max_retries to the scheduler alone; this is what makes torchrun restart workers.
-        env={**ENVIRONMENT, "PET_MAX_RESTARTS": str(max_retries), **(env or {})},
+        env=env,
         max_retries=max_retries,
         rdzv_port=rdzv_port,
+        image=image,
+        mounts=mounts,
     )
     # Schedulers start `torchrun` by name. Where it is not on PATH, because this environment was not activated, the one
     # beside this interpreter is meant; elsewhere (containers) PATH is left alone.

@@ -16,7 +16,8 @@ from recsys.config import InputError, nearest
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from recsys.training.metrics import ClickMetrics
+    from recsys.metrics.click import ClickMetrics
+    from recsys.metrics.groups import Grouped
 
 T = TypeVar("T")
 
@@ -46,10 +47,13 @@ VERBS = {
     "multihot": "copy prepared data with several ids a row and feature, as MLPerf's DLRM-DCNv2 trains on",
     "data": "download, verify or show data: `recsys data --help`",
     "train": "train members over sharded tables, merge them, write a run folder",
+    "launch": "run train, prepare or study on a scheduler: slurm, kubernetes, ray, ...; `--dryrun` prints the request",
     "evaluate": "metrics of a run's members and their merge on held-out rows",
     "merge": "make one run of the members of several, or one file of several files of predictions",
     "predict": "write predictions of a run, by all members, some, or as many as a time budget allows",
+    "report": "one page on one run or several, finished or not: curves, metrics, calibration, timings, configs",
     "study": "experiments of many runs with a report: `recsys study --help`",
+    "sweep": "train a recipe with other settings again and again, and keep the best",
     "plan": "where tables go on a cluster that need not be there: memory and step time; `recsys plan diff A B`",
     "shard-bench": "run sharding plans on what is at hand: measured beside predicted, and rates fitted to it",
     "backbones": "list the backbones, with parameters and FLOPs a row as they scale",
@@ -223,6 +227,44 @@ def _train(arguments: list[str]) -> int:
     return 0
 
 
+def _launch(arguments: list[str]) -> int:
+    from recsys.launching.config import LaunchConfig
+
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    config = _parse(LaunchConfig, "launch", arguments[:end])
+    rest = arguments[end + 1 :]
+    if not rest:
+        raise InputError(f"launch {config.verb}: after --, say what would follow `recsys {config.verb}`")
+    _quieten_libraries()
+    from recsys.launching.launch import launch
+    from recsys.launching.places import Job
+
+    return launch(config, Job(config.verb, _job_config(config.verb, rest), tuple(rest)))
+
+
+def _job_config(verb: str, arguments: list[str]) -> Any:
+    """Read what follows `recsys VERB`, so that a mistake is told here and not by a node, after hours in a queue."""
+    if verb == "train":
+        from recsys.recipes import find_recipe
+        from recsys.training.config import TrainConfig
+
+        recipe, *rest = arguments
+        return _parse(TrainConfig, f"train {recipe}", rest, default=find_recipe(recipe))
+    if verb == "prepare":
+        from recsys.data.settings import PrepareConfig
+
+        return _parse(PrepareConfig, verb, arguments)
+    from recsys.studies.compression.config import CompressionStudyConfig
+    from recsys.studies.config import MergeStudyConfig
+
+    kinds = {"merge": MergeStudyConfig, "compression": CompressionStudyConfig}
+    kind, *rest = arguments
+    if kind not in kinds:
+        raise InputError(f"unknown study {kind!r}; {nearest(kind, kinds)}")
+    recipe, rest = _named(rest, kinds[kind], f"study {kind}")
+    return _parse(kinds[kind], f"study {kind} {recipe}", rest)
+
+
 def _evaluate(arguments: list[str]) -> int:
     _quieten_libraries()
     from recsys.distributed import process_group
@@ -233,6 +275,8 @@ def _evaluate(arguments: list[str]) -> int:
         found = evaluate(config, world)
     if found:
         _print_metrics(f"{config.run}: {config.split}", found.metrics)
+        if config.by:
+            _print_groups(config.by, found.grouped["merged"])
         if found.tables:
             print(found.tables)
     return 0
@@ -274,6 +318,16 @@ def _predict(arguments: list[str]) -> int:
             print(found.tables)
         if found.timing:
             print(", ".join(f"{name} {value}" for name, value in found.timing.items()))
+    return 0
+
+
+def _report(arguments: list[str]) -> int:
+    from recsys.reporting.config import ReportConfig
+
+    config = _parse(ReportConfig, "report", arguments)
+    from recsys.reporting.report import report
+
+    print(report(config))
     return 0
 
 
@@ -334,6 +388,27 @@ def _study_compression(arguments: list[str]) -> int:
     return 0
 
 
+def _sweep(arguments: list[str]) -> int:
+    from recsys.studies.sweep.config import SweepConfig
+
+    recipe, rest = _named(arguments, SweepConfig, "sweep")
+    end = rest.index("--") if "--" in rest else len(rest)
+    config = _parse(SweepConfig, f"sweep {recipe}", rest[:end])
+    _quieten_libraries()
+    from recsys.recipes import find_recipe
+    from recsys.training.config import TrainConfig
+
+    base = _parse(TrainConfig, f"sweep {recipe} ... --", rest[end + 1 :], default=find_recipe(recipe))
+    try:
+        import optuna  # noqa: F401
+    except ImportError:
+        raise InputError("sweep needs the package optuna; pip install 'recsys[sweep]'") from None
+    from recsys.studies.sweep.search import sweep
+
+    sweep(config, base)
+    return 0
+
+
 def _shard_bench(arguments: list[str]) -> int:
     from recsys.studies.shard_config import ShardBenchConfig
 
@@ -385,11 +460,29 @@ def _print_metrics(title: str, metrics: "Mapping[str, ClickMetrics]") -> None:
     rows = next(iter(metrics.values())).num_rows
     table = Table(title=f"{title}, {rows:,} rows", title_justify="left")
     table.add_column("member")
-    for column in ("AUC", "logloss", "NE", "calibration"):
+    with_groups = any(member.gauc is not None for member in metrics.values())
+    for column in ("AUC", *(["GAUC"] if with_groups else []), "logloss", "NE", "calibration"):
         table.add_column(column, justify="right")
     for name, member in metrics.items():
-        values = (member.auc, member.logloss, member.ne, member.calibration)
-        table.add_row(name, *(f"{value:.5f}" for value in values))
+        ranked = (member.auc, member.gauc) if with_groups else (member.auc,)
+        values = (*ranked, member.logloss, member.ne, member.calibration)
+        table.add_row(name, *("" if value is None else f"{value:.5f}" for value in values))
+    Console().print(table)
+
+
+def _print_groups(by: str, found: "Grouped") -> None:
+    """Print the rows of the most frequent ids of a feature, one a line."""
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"merged, by {by}: {found.num_groups:,} groups; those with both labels have {found.share:.1%} of the weight"
+    table = Table(title=title, title_justify="left")
+    table.add_column("id")
+    for column in ("rows", "AUC", "logloss", "NE", "calibration"):
+        table.add_column(column, justify="right")
+    for value, group in found.segments.items():
+        metrics = (group.auc, group.logloss, group.ne, group.calibration)
+        table.add_row(str(value), f"{group.num_rows:,}", *(f"{metric:.5f}" for metric in metrics))
     Console().print(table)
 
 
@@ -403,6 +496,8 @@ def _quieten_libraries() -> None:
         ".*torch.distributed.*is deprecat",
     ):
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    # Of tables whose optimizer is not fused on a CPU; there is a kernel for their gradients.
+    warnings.filterwarnings("ignore", message=".*dense_embedding_codegen_lookup_function", category=UserWarning)
     # The pipeline's: that ids which are split or mapped on the way to a table are not sent ahead.
     for name in ("torch.fx._symbolic_trace", "torchrec.distributed.train_pipeline"):
         logging.getLogger(name).setLevel(logging.ERROR)

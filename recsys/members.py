@@ -17,6 +17,7 @@ from torch import nn
 from recsys.backbones import BACKBONES
 from recsys.config import InputError, dump, load, nearest
 from recsys.embeddings.config import EmbeddingConfig
+from recsys.embeddings.precision import Precision
 
 # Between the seeds of members of one backbone, so that jobs of seed 0, 1, 2, ... have no member in common.
 SEED_STRIDE = 1000
@@ -46,14 +47,20 @@ class ModelConfig(EmbeddingConfig):
     """Hidden widths between a backbone and its logit; Wukong and RankMixer gain by some."""
     tables: Literal["private", "shared"] = "private"
     """Whether each member has tables of its own; members that share tables are not independent."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the members: bf16 is autocast, with parameters and tables in fp32."""
+    precision: Precision = "fp32"
+    """Arithmetic of the members: bf16 and fp16 are autocast, with parameters and tables in fp32, and fp16 scales the
+    loss up against underflow. tf32 has the matrix products of fp32 rounded to 10 bits, on a CUDA device."""
     batched: Literal["auto", "on", "off"] = "auto"
     """Whether members of one make are computed as one, with the same results to rounding: auto measures both ways
     when a job starts on a GPU, and does not on a CPU, where it never paid."""
+    compile: bool = False
+    """Compile the backbones for training by torch.compile, which takes up to a minute when a job starts; members are
+    then computed one by one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.compile and self.batched == "on":
+            raise ValueError("batched on cannot be compiled; leave it at auto, or leave compile out")
         if not 0 <= self.embedding_dropout < 1:
             raise ValueError(f"embedding_dropout {self.embedding_dropout} must lie in [0, 1)")
         for name in ("dense_hidden", "head_hidden"):
@@ -61,7 +68,7 @@ class ModelConfig(EmbeddingConfig):
                 raise ValueError(f"{name} {getattr(self, name)} must hold widths of at least 1")
 
 
-OF_THE_JOB = ("tables", "precision", "batched", "stochastic_rounding")
+OF_THE_JOB = ("tables", "precision", "batched", "compile", "stochastic_rounding")
 """Fields of ModelConfig that no member can have otherwise than the others."""
 
 
@@ -238,7 +245,8 @@ def describe_member(spec: MemberSpec, model: ModelConfig, backbones: BackboneCon
     for now, usual in ((spec.model, model), (spec.sizes, getattr(backbones, spec.backbone))):
         fields = (field.name for field in dataclasses.fields(now))
         options |= {key: getattr(now, key) for key in fields if getattr(now, key) != getattr(usual, key)}
-    options.pop("batched", None)  # how members are computed, not what they are
+    for key in ("batched", "compile"):  # how members are computed, not what they are
+        options.pop(key, None)
     for key in OF_THE_JOB:
         if key in options:
             raise InputError(f"member {spec.name} has {key} {options[key]}, where the job has {getattr(model, key)}")

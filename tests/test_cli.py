@@ -72,7 +72,7 @@ def test_a_process_exits_with_what_main_returns(tmp_path: Path) -> None:
 
 
 def test_an_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
-    assert error_line(capsys, "prepar") == "unknown verb 'prepar'; did you mean prepare?"
+    assert error_line(capsys, "prepar") == "unknown verb 'prepar'; did you mean prepare or report?"
 
 
 def test_an_unknown_option_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,8 +18,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys.config import InputError
+from recsys.data.checks import one_line
 from recsys.data.schema import RAW, Schema
 from recsys.place import is_local
+
+
+class CorruptGroupError(InputError):
+    """A row group whose bytes are not those that were written. It is made with where it stands, and what is wrong."""
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}; prepare again, or train without such groups by --loader.on-corrupt skip"
+
+    @property
+    def problem(self) -> str:
+        """Where, and what is wrong."""
+        return str(self.args[0])
 
 
 @dataclass(frozen=True)
@@ -77,11 +90,12 @@ class Layout:
         """Decode a row group to a block [width * n] in `memory`, its rows in `order`, or as they stand in the file.
 
         Raises:
+            CorruptGroupError: its bytes cannot be decoded, or hold ids beyond the schema's sizes.
             InputError: the file cannot be read, or a column in it does not hold what the schema says.
         """
         names = [name for name in (*self.floats, *self.sparse) if name is not None]
         with _opened(group.path) as file:
-            table = file.read_row_group(group.index, columns=names, use_threads=False)
+            table = _read(file, group, names)
         block = memory[: self.width * group.num_rows]
         at = 0
         for name, hotness in [*((name, 1) for name in self.floats), *self.sparse.items()]:
@@ -109,6 +123,17 @@ class Layout:
         return block
 
 
+def _read(file: pq.ParquetFile, group: RowGroup, names: list[str]) -> pa.Table:
+    try:
+        return file.read_row_group(group.index, columns=names, use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the system: a disk or a network that fails; what fails to be decoded has no number
+        raise CorruptGroupError(
+            f"{group.path}, row group {group.index}: cannot decode it ({one_line(error)})"
+        ) from None
+
+
 def _values(group: RowGroup, name: str, column: pa.ChunkedArray) -> np.ndarray:
     """All values of a column, without a copy where it is whole and has no nulls."""
     chunk = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
@@ -133,9 +158,9 @@ def _check_values(group: RowGroup, feature: str, ids: np.ndarray, num_ids: int) 
     if ids.view(np.uint32 if ids.dtype.itemsize == 4 else np.uint64).max() < num_ids:
         return
     at = int(((ids < 0) | (ids >= num_ids)).argmax())
-    raise InputError(
+    raise CorruptGroupError(
         f"{group.path}, row group {group.index}, row {at * group.num_rows // len(ids)}: column {feature} holds id "
-        f"{ids[at]}, but schema.json gives it {num_ids:,} ids; prepare again"
+        f"{ids[at]}, but schema.json gives it {num_ids:,} ids"
     )
 
 
@@ -150,10 +175,14 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     """Open a file for one read: threads share none, and thousands are never open at once."""
     try:
         if is_local(path):
-            with pq.ParquetFile(path, metadata=_footer(path, path.stat().st_mtime_ns), memory_map=True) as file:
+            footer = _footer(path, path.stat().st_mtime_ns)
+            with pq.ParquetFile(path, metadata=footer, memory_map=True, page_checksum_verification=True) as file:
                 yield file
         else:  # a request a column would take long
-            with path.open("rb") as source, pq.ParquetFile(source, pre_buffer=True) as file:
+            with (
+                path.open("rb") as source,
+                pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True) as file,
+            ):
                 yield file
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path}: not a whole Parquet file ({error}); prepare again") from None

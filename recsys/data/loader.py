@@ -9,6 +9,7 @@ so rows of many groups meet in a batch while only `slots` groups are open. Rank 
 
 import itertools
 import queue
+import sys
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import suppress
@@ -22,7 +23,7 @@ import torch
 
 from recsys.config import InputError
 from recsys.data.batch import Batch, BatchMaker
-from recsys.data.groups import Layout, row_groups
+from recsys.data.groups import CorruptGroupError, Layout, RowGroup, row_groups
 from recsys.data.multihot import MLPERF_SIZES, MultiHot
 from recsys.data.order import Cursor, ReadAhead, pieces_of
 from recsys.data.schema import Schema
@@ -48,6 +49,10 @@ class LoaderConfig:
     """Expand the one id of each feature to several while loading, drawn from this distribution."""
     multi_hot_sizes: tuple[int, ...] = ()
     """Ids a row of each feature, in field order; none means those of MLPerf's DLRM-DCNv2."""
+    on_corrupt: Literal["fatal", "skip"] = "fatal"
+    """What a row group does whose bytes were damaged after they were prepared. fatal: stop, and name it. skip: its rows
+    get weight 0, and are counted; steps and all other rows stay the same, and a batch's loss is still divided by all of
+    its rows."""
 
     def __post_init__(self) -> None:
         for name, least in (("slots", 1), ("seed", 0), ("workers", 1)):
@@ -96,6 +101,9 @@ class Loader:
         self.batch_size = batch_size
         self.local_batch_size = batch_size // world_size
         self.seed, self.workers = config.seed, config.workers
+        self.on_corrupt = config.on_corrupt
+        self.skipped: dict[str, int] = {}
+        """Where the row groups stand that were left out so far, and how many rows each has; what this rank has read."""
         self.shuffle = shuffle
         self.steps_per_epoch = self.num_rows // batch_size if tail == "drop" else -(-self.num_rows // batch_size)
         if not self.steps_per_epoch:
@@ -185,7 +193,22 @@ class Loader:
         order = None
         if self.shuffle:
             order = np.random.default_rng([self.seed, epoch, group]).permutation(source.num_rows)
-        return self._layout.decode(source, order, memory)
+        try:
+            return self._layout.decode(source, order, memory)
+        except CorruptGroupError as error:
+            if self.on_corrupt == "fatal":
+                raise
+            return self._left_out(source, error, memory)
+
+    def _left_out(self, group: RowGroup, error: CorruptGroupError, memory: np.ndarray) -> np.ndarray:
+        """Block of a row group that cannot be had: rows of zeros have weight 0, as those that fill up a batch."""
+        where = f"{group.path}, row group {group.index}"
+        if where not in self.skipped:  # it may be read again: for another slot, or in another epoch
+            self.skipped[where] = group.num_rows
+            print(f"recsys: {error.problem}: its {group.num_rows:,} rows get weight 0", file=sys.stderr)  # noqa: T201
+        block = memory[: self._layout.width * group.num_rows]
+        block[:] = 0
+        return block
 
 
 def _slots(num_slots: int, batch_size: int, rank: int, world_size: int) -> list[tuple[int, int]]:

@@ -1,12 +1,10 @@
 """A checkpoint of dynamic tables loads into tables of other sizes: ids keep their vectors, or lose the least used."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
@@ -29,13 +27,19 @@ class Resized(NamedTuple):
     """Of the owners' tables and their optimizer state."""
 
 
-def load_resized(path: Path, state: dict[str, Any], model: nn.Module) -> dict[Key, Any]:
+def load_resized(
+    sizes: Mapping[str, tuple[int, ...]],
+    read_into: Callable[[dict[str, Any]], None],
+    state: dict[str, Any],
+    model: nn.Module,
+) -> dict[Key, Any]:
     """Fill dynamic tables that have another size in the checkpoint, and take them out of what is left to load.
 
     Rows that no id has are left as they are. Every rank reads one whole table of the checkpoint at a time.
 
     Args:
-        path: of the checkpoint.
+        sizes: shapes of the checkpoint's tensors.
+        read_into: fills tensors of a nested state from it.
         state: nested dictionaries of the sharded tensors to fill, as they were saved; those that are filled are
             removed.
         model: sharded.
@@ -46,18 +50,13 @@ def load_resized(path: Path, state: dict[str, Any], model: nn.Module) -> dict[Ke
     groups = [module for module in model.modules() if isinstance(module, DynamicGroup)]
     if not groups:
         return {}
-    sizes = {
-        key: tuple(value.size)
-        for key, value in dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata.items()
-        if hasattr(value, "size")
-    }
     removed: dict[Key, Any] = {}
     for found in list(_resized(groups, state, sizes)):
         before: dict[str, Any] = {}
         for key in (found.map_key, *found.table_keys):
             value = _get(state, key)
             _put(before, key, torch.empty(sizes[".".join(key)], dtype=value.dtype))
-        dcp.load(before, checkpoint_id=str(path))
+        read_into(before)
         rows = _fill_map(found, _get(before, found.map_key), sizes[".".join(found.table_keys[0])][0] - RESERVED_ROWS)
         for key in found.table_keys:
             _fill_table(_get(state, key), _get(before, key), rows)

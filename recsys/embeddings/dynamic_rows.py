@@ -67,7 +67,7 @@ def connect(task: nn.Module, embeddings: Embeddings, state: Mapping[str, Any]) -
     Args:
         task: sharded.
         embeddings: of it.
-        state: of the optimizer that is fused into the tables, by parameter.
+        state: of the tables' optimizer, fused or not, by parameter.
 
     Raises:
         InputError: a dynamic table is data-parallel.
@@ -89,6 +89,7 @@ def connect(task: nn.Module, embeddings: Embeddings, state: Mapping[str, Any]) -
                     f"table {name} of dynamic ids is data_parallel, so that no rank could reset its rows alone; use "
                     "another sharding type for it"
                 )
+            assert name in states or not weight.local_shards(), "the state of all tables, not of the fused ones alone"
         group.maps.reset = FreshRows(
             {name: parts_of(weight) for name, weight in tables.items()},
             {name: [part for value in states.get(name, {}).values() for part in parts_of(value)] for name in names},

@@ -6,7 +6,7 @@ run would go on, and be another one than was asked for. So they are refused befo
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torchrec.modules.embedding_configs import DataType
@@ -15,6 +15,9 @@ from recsys.config import InputError
 from recsys.embeddings.config import TABLE_SEPARATOR, EmbeddingConfig, Owner, TableDtype
 
 C = TypeVar("C", bound=EmbeddingConfig)
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+AUTOCAST: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 DATA_TYPES: dict[TableDtype, DataType] = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}
 BYTES: dict[TableDtype, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -45,6 +48,20 @@ def check_precision(configs: Sequence[EmbeddingConfig], device: torch.device) ->
             "--model.stochastic-rounding: FBGEMM ignores it on a CPU and rounds to the nearest value; leave it out "
             "here, or train on a CUDA device"
         )
+
+
+def set_arithmetic(precision: Precision, device: torch.device) -> None:
+    """Have matrix products of fp32 rounded to tf32, or not.
+
+    Raises:
+        InputError: a CPU has no tf32.
+    """
+    if device.type == "cpu":
+        if precision == "tf32":
+            raise InputError("--model.precision tf32: a CPU has none; use fp32 or bf16 here, or tf32 on a CUDA device")
+        return
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def check_replicated(types: Mapping[str, str], owners: Mapping[str, Owner]) -> None:

@@ -127,7 +127,8 @@ class Hardware:
 
     def flops(self, precision: str) -> float:
         """FLOPs a second that are reached."""
-        return (self.tflops_bf16 if precision == "bf16" else self.tflops_fp32) * 1e12 * self.flops_share
+        peak = {"bf16": self.tflops_bf16, "fp16": self.tflops_bf16, "tf32": self.tflops_bf16 / 2}
+        return peak.get(precision, self.tflops_fp32) * 1e12 * self.flops_share
 
 
 def _gpu(name: str, **figures: float) -> Hardware:

@@ -8,7 +8,7 @@ from recsys.config import InputError, nearest
 from recsys.sharding.cluster import Hardware
 from recsys.sharding.plan import KERNELS, TYPES
 from recsys.sharding.tiling import COLUMN_TYPES
-from recsys.sharding.workload import Workload
+from recsys.sharding.workload import FUSED_ON_CPU, WHOLE_ROWS, OptimizerKind, Workload
 
 AUTO_TYPES = ("table_wise", "column_wise", "row_wise", "table_row_wise", "grid_shard")
 """What the planner chooses from. Not data_parallel: its dense gradients cost 3 to 4 times the step on a CPU, and a run
@@ -44,8 +44,10 @@ def allowed(
         _known("sharding type", name, TYPES, "--sharding.types")
     for name in kernels:
         _known("kernel", name, KERNELS, "--sharding.kernels")
+    if tuple(kernels) == ("fused",) and not is_fused(workload.optimizer, hardware):
+        kernels = ("dense",)  # the default, where there is nothing fused: updated by `RowOptimizer`
     check_possible(types, kernels, workload.optimizer, hardware, "--sharding")
-    splits_columns = workload.optimizer != "rowwise_adagrad"
+    splits_columns = workload.optimizer not in WHOLE_ROWS
     chosen = tuple(types) or tuple(name for name in AUTO_TYPES if splits_columns or name not in COLUMN_TYPES)
     default = Allowed(chosen, tuple(kernels))
     rules = [default] * len(workload.tables)
@@ -63,21 +65,33 @@ def allowed(
     return rules
 
 
+def is_fused(optimizer: OptimizerKind, hardware: Hardware) -> bool:
+    """Whether FBGEMM updates tables in their backward there."""
+    return hardware.device != "cpu" or optimizer in FUSED_ON_CPU
+
+
 def check_possible(
-    types: Sequence[str], kernels: Sequence[str], optimizer: str, hardware: Hardware, where: str
+    types: Sequence[str], kernels: Sequence[str], optimizer: OptimizerKind, hardware: Hardware, where: str
 ) -> None:
     """See that the optimizer and the hardware can do with these types and kernels.
 
     Raises:
         InputError: they cannot, with the reason.
     """
-    if optimizer == "rowwise_adagrad" and COLUMN_TYPES & set(types):
+    if optimizer in WHOLE_ROWS and COLUMN_TYPES & set(types):
         name = next(name for name in types if name in COLUMN_TYPES)
+        rows = "row-wise Adagrad" if optimizer == "rowwise_adagrad" else optimizer
+        instead = "adagrad" if optimizer == "rowwise_adagrad" else "adam"
         raise InputError(
-            f"{where}: {name} would give each column shard an accumulator of its own under row-wise Adagrad, so the "
-            "result would depend on the plan; use --optimizer.tables adagrad, or another sharding"
+            f"{where}: {name} would give each column shard an accumulator of its own under {rows}, so the "
+            f"result would depend on the plan; use --optimizer.tables {instead}, or another sharding"
         )
     for kernel in kernels:
+        if kernel == "fused" and not is_fused(optimizer, hardware):
+            raise InputError(
+                f"{where}: FBGEMM has no fused {optimizer} on a CPU; use the kernel dense, or --optimizer.tables "
+                f"{', '.join(sorted(FUSED_ON_CPU))}"
+            )
         if kernel in ("fused_uvm", "fused_uvm_caching") and not hardware.host_gib:
             raise InputError(
                 f"{where}: the kernel {kernel} keeps tables in host memory behind an accelerator, and {hardware.name} "

@@ -12,11 +12,14 @@ import numpy as np
 from recsys.sharding.cluster import GIB, PHASES, Cluster
 from recsys.sharding.tiling import COLUMN_TYPES
 from recsys.sharding.work import Cost, Work
-from recsys.sharding.workload import ELEMENT_BYTES, TableSpec, Workload
+from recsys.sharding.workload import ELEMENT_BYTES, STATE_VALUES, TableSpec, Workload
 
 DENSE_STEP_PASSES = 10
 """Times that a replicated table's step goes over its bytes: the gradient is zeroed, written, and copied to where ranks
 average it (2); squared (2) and averaged by row; read once more, and the weight read and written."""
+DENSE_SHARD_PASSES = 4
+"""Times that the step of a shard under the kernel dense goes over its bytes: the gradient is zeroed and written, and
+read to find the rows that are not zero (2); only those are updated."""
 UPDATE_PASSES = 2
 """A row is read and written."""
 ADAGRAD_ON_CPU = 8
@@ -132,14 +135,16 @@ class CostModel:
         work.add("update", fields=1, ids=counted)
         distinct = rows * -np.expm1(-ids / np.maximum(rows, 1))
         work.gather("lookup", kernel, ids * row_bytes, pooled * 4)
+        # The kernel dense has a gradient as large as its shard.
+        gradient = rows * row_bytes if kernel == "dense" else 0.0 * rows
         work.gather(
             "update",
             kernel,
             UPDATE_PASSES * distinct * (row_bytes + state_bytes) * self._slow_rows(),
-            (pooled + ids * columns) * 4,
+            (pooled + ids * columns) * 4 + DENSE_SHARD_PASSES * gradient,
         )
         # Ids of two batches, since one is sent while another is worked on; pooled embeddings and their gradients.
-        work.hold(kernel, rows * row_bytes, rows * state_bytes, 2 * ids * w.id_bytes + 2 * pooled * 4)
+        work.hold(kernel, rows * row_bytes, rows * state_bytes, 2 * ids * w.id_bytes + 2 * pooled * 4 + gradient)
         if self.replicas > 1:
             moved = rows * (row_bytes + state_bytes) * 2 * (self.replicas - 1) / self.replicas / self.sync_every
             across = self.cluster.nodes > 1
@@ -157,16 +162,14 @@ class CostModel:
         work.gather("update", "dense", ids * row_bytes * UPDATE_PASSES, DENSE_STEP_PASSES * size * tables.element)
         self._average(work, size * tables.element)
         state = tables.rows * self._state_bytes(tables.dim)
-        activations = (
-            size * tables.element + 2 * self.local_batch * tables.dim * 4
-        )  # the gradient is as large as the table
+        # The gradient is as large as the table.
+        activations = size * tables.element + 2 * self.local_batch * tables.dim * 4
         work.hold("dense", size * tables.element, state, activations)
 
     def _state_bytes(self, columns: np.ndarray) -> np.ndarray:
         """Optimizer state of a row of a shard."""
-        kind = self.workload.optimizer
-        per_column = {"sgd": 0, "rowwise_adagrad": 0, "adagrad": 4, "adam": 8}[kind]
-        return per_column * columns + (4.0 if kind == "rowwise_adagrad" else 0.0)
+        of_row, of_element = STATE_VALUES[self.workload.optimizer]
+        return 4.0 * (of_row + of_element * columns)
 
     @property
     def _on_cpu(self) -> bool:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recsys.config import InputError
 from recsys.sharding.constraints import Allowed
 from recsys.sharding.cost import CostModel, Tables
 from recsys.sharding.plan import TablePlan
@@ -37,9 +36,6 @@ class Options:
         model: prices them.
         rules: what each table may have.
 
-    Raises:
-        InputError: there are none.
-
     Attributes:
         options: O of them.
         possible: [T, O] whether a table may have an option.
@@ -54,9 +50,6 @@ class Options:
         specs, group = model.workload.tables, model.group
         tables = Tables.of(specs)
         self.options = _options(rules, group.ranks_per_node, group.nodes, int(tables.dim.max()))
-        if not self.options:
-            kinds = sorted({name for rule in rules for name in (*rule.types, *rule.kernels)})
-            raise InputError(f"no table can be kept under {' and '.join(kinds)} alone; allow table_wise under fused")
         costs = []
         self.possible = np.zeros((len(specs), len(self.options)), dtype=bool)
         of_rule = {rule: np.array([own == rule for own in rules]) for rule in set(rules)}
@@ -90,7 +83,7 @@ def work_of(cost: Cost) -> np.ndarray:
 
 
 def _kernel_of(option: Option, rule: Allowed) -> bool:
-    return option.kernel == "dense" or option.kernel in rule.kernels
+    return option.sharding_type == "data_parallel" or option.kernel in rule.kernels
 
 
 def _options(rules: Sequence[Allowed], local: int, nodes: int, dim: int) -> list[Option]:
@@ -100,7 +93,7 @@ def _options(rules: Sequence[Allowed], local: int, nodes: int, dim: int) -> list
     found = []
     if "data_parallel" in types:
         found.append(Option("data_parallel", "dense", 1, "world"))
-    for kernel in (kernel for kernel in kernels if kernel != "dense"):
+    for kernel in kernels:
         for name, limit, reach in (
             ("table_wise", 1, "rank"),
             ("row_wise", 1, "world"),

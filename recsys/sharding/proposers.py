@@ -60,6 +60,11 @@ def propose(model: CostModel, rules: Sequence[Allowed], reserve: float, proposer
     Raises:
         InputError: it would take longer, or finds no plan that fits.
     """
+    if any("dense" in rule.kernels for rule in rules):
+        raise InputError(
+            f"--sharding.proposer {proposer}: TorchRec plans the kernel dense, which {model.workload.optimizer} takes "
+            "here, for data_parallel tables alone; use --sharding.proposer search"
+        )
     check_patience(model, rules, proposer, minutes)
     with _quiet(), torch.device("meta"):
         planner = _planner(model, rules, reserve, proposer)

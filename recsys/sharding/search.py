@@ -55,12 +55,6 @@ class Search:
     def _too_big(self, index: int) -> str:
         table, ground = self.model.workload.tables[index], self.ground
         options = np.flatnonzero(self.all.possible[index])
-        if not len(options):
-            return (
-                f"table {table.name}: none of {', '.join(self.rules[index].types)} under "
-                f"{', '.join(self.rules[index].kernels)} can hold it on {self.model.group.name}; allow table_wise or "
-                "row_wise under fused"
-            )
         least = min(options, key=lambda option: float(self.all.bytes[index, option, 0]))
         option = self.all.options[least]
         return (

@@ -46,8 +46,6 @@ def check_table(table: "TablePlan", shape: tuple[int, int], world_size: int, ran
         if table.kernel != "dense":
             raise InputError(f"{where}: data_parallel takes the kernel dense, not {table.kernel}")
         return
-    if table.kernel == "dense":
-        raise InputError(f"{where}: the kernel dense is for data_parallel; {table.sharding_type} takes fused")
     for index, shard in enumerate(table.shards):
         if not 0 <= shard.rank < world_size:
             raise InputError(f"{where}: shard {index} is on rank {shard.rank}; there are ranks 0 to {world_size - 1}")

@@ -1,9 +1,10 @@
 """Plans in TorchRec's words, and what TorchRec needs to carry them out."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -19,38 +20,99 @@ from torchrec.distributed.types import (
     EnumerableShardingSpec,
     ParameterSharding,
     QuantizedCommCodecs,
+    ShardingEnv,
     ShardingPlan,
 )
+from torchrec.modules.embedding_configs import DataType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from recsys.config import InputError
 from recsys.sharding.config import ShardingConfig
 from recsys.sharding.plan import TYPES, Plan
+from recsys.sharding.workload import FUSED_ON_CPU, OptimizerKind
 
+FUSED: dict[OptimizerKind, EmbOptimType] = {
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+    "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "sgd": EmbOptimType.EXACT_SGD,
+    "adam": EmbOptimType.ADAM,
+    "partial_rowwise_adam": EmbOptimType.PARTIAL_ROWWISE_ADAM,
+    "lamb": EmbOptimType.LAMB,
+}
+"""FBGEMM's words for the kinds."""
+COUNTING: frozenset[OptimizerKind] = frozenset({"adam", "partial_rowwise_adam", "lamb"})
+"""Kinds that correct the bias of their means by how many updates there have been."""
 COMMS = {"fp16": CommType.FP16, "bf16": CommType.BF16, "int8": CommType.INT8}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableOptimizer:
-    """Adagrad that is fused into the backward pass of the tables, with one accumulator a row or one an element."""
+    """What updates tables: FBGEMM within their backward pass, or `RowOptimizer` after it, by the same formulas."""
 
-    kind: Literal["rowwise_adagrad", "adagrad"]
+    kind: OptimizerKind
     lr: float
     eps: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of adam, partial_rowwise_adam and lamb."""
 
     @property
     def fused_params(self) -> dict[str, Any]:
         """FBGEMM's words for it."""
-        kinds = {"rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "adagrad": EmbOptimType.EXACT_ADAGRAD}
-        return {"optimizer": kinds[self.kind], "learning_rate": self.lr, "eps": self.eps}
+        params: dict[str, Any] = {"optimizer": FUSED[self.kind], "learning_rate": self.lr}
+        if self.kind != "sgd":
+            params["eps"] = self.eps
+        if self.kind in COUNTING:
+            params["beta1"], params["beta2"] = self.betas
+        return params
 
 
 class TableSharder(EmbeddingBagCollectionSharder):
-    """Offers every sharding type on every device; TorchRec hides the row-wise ones on a CPU, where they work."""
+    """Offers every sharding type on every device; TorchRec hides the row-wise ones on a CPU, where they work.
+
+    And the kernel dense beside the fused ones, for optimizers that FBGEMM does not fuse.
+    """
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         """All types."""
         return list(TYPES)
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        """All kernels of the type and device."""
+        own = super().compute_kernels(sharding_type, compute_device_type)
+        return own if "dense" in own else [*own, "dense"]
+
+    def shard(
+        self,
+        module: EmbeddingBagCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedEmbeddingBagCollection:
+        """Shard a collection by a plan for its tables.
+
+        Raises:
+            InputError: a table under a kernel that cannot train it here, naming it.
+        """
+        # It would warn of every table under the kernel dense that caches, which it does not have, are not for it.
+        logging.getLogger("torchrec.distributed.utils").setLevel(logging.ERROR)
+        optimizer = (self.fused_params or {}).get("optimizer")
+        kind = next((kind for kind, word in FUSED.items() if word == optimizer), None)
+        for config in module.embedding_bag_configs():
+            kernel = params[config.name].compute_kernel
+            if kernel == "dense" and config.data_type != DataType.FP32:
+                raise InputError(
+                    f"table {config.name} is {config.data_type.value.lower()} under the kernel dense, whose optimizer "
+                    "would round otherwise than a fused one; use --model.table-dtype fp32, or --sharding.kernels fused "
+                    f"and --optimizer.tables {' or '.join(sorted(FUSED_ON_CPU))}"
+                )
+            on_cpu = device is not None and device.type == "cpu"
+            if kernel != "dense" and on_cpu and kind is not None and kind not in FUSED_ON_CPU:
+                raise InputError(
+                    f"table {config.name} is planned under the kernel {kernel}, and FBGEMM has no fused {kind} on a "
+                    "CPU; use --sharding.kernels dense"
+                )
+        return super().shard(module, params, env, device, module_fqn)
 
 
 def check_device(config: ShardingConfig, device: torch.device) -> None:

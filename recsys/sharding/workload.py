@@ -10,7 +10,21 @@ from typing import Literal
 from recsys.config import InputError, dump, load_file, write_whole
 
 TableDtype = Literal["fp32", "fp16", "bf16"]
-OptimizerKind = Literal["rowwise_adagrad", "adagrad", "sgd", "adam"]
+OptimizerKind = Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam", "lamb"]
+
+FUSED_ON_CPU: frozenset[OptimizerKind] = frozenset({"rowwise_adagrad", "adagrad", "sgd"})
+"""What FBGEMM fuses into the backward of tables on a CPU; it fuses all kinds on CUDA."""
+WHOLE_ROWS: frozenset[OptimizerKind] = frozenset({"rowwise_adagrad", "partial_rowwise_adam", "lamb"})
+"""Kinds that take a mean or a norm over a row, which no column shard has whole."""
+STATE_VALUES: dict[OptimizerKind, tuple[int, int]] = {
+    "rowwise_adagrad": (1, 0),
+    "adagrad": (0, 1),
+    "sgd": (0, 0),
+    "adam": (0, 2),
+    "partial_rowwise_adam": (1, 1),
+    "lamb": (0, 2),
+}
+"""Values of optimizer state that a row has, and that each of its elements has; all fp32."""
 
 ELEMENT_BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 
@@ -55,7 +69,7 @@ class Workload:
     """Parameters that every rank holds and that are averaged over ranks; fp32, under Adam."""
     dense_flops: int = 0
     """FLOPs of one row's forward pass through them."""
-    dense_precision: Literal["fp32", "bf16"] = "fp32"
+    dense_precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     dense_activations: int = 0
     """Values that a row leaves behind in them for the backward pass."""
 
@@ -94,6 +108,6 @@ class Workload:
 
 
 def optimizer_bytes(kind: OptimizerKind, rows: int, columns: int) -> int:
-    """Bytes of optimizer state of a shard, all fp32: a value a row, or one or two a weight."""
-    per = {"sgd": 0, "rowwise_adagrad": 4 * rows, "adagrad": 4 * rows * columns, "adam": 8 * rows * columns}
-    return per[kind]
+    """Bytes of optimizer state of a shard."""
+    of_row, of_element = STATE_VALUES[kind]
+    return 4 * rows * (of_row + of_element * columns)

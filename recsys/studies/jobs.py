@@ -117,6 +117,6 @@ def _train_config(config: MergeStudyConfig, recipe: TrainConfig, folder: str, me
         members=members,
         loss="independent",
         merge="mean_logit",
-        resume=True,
+        resume="auto",
         model=replace(recipe.model, tables="private"),
     )

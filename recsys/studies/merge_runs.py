@@ -16,7 +16,10 @@ from recsys.distributed import World, on_first
 from recsys.members import MemberSpec, describe_member, renamed
 from recsys.sharding.plan import Plan
 from recsys.studies.config import MergeConfig
-from recsys.training import checkpoint
+from recsys.training.checkpoint import folder as checkpoints
+from recsys.training.checkpoint.load import load_members
+from recsys.training.checkpoint.saver import save_once
+from recsys.training.checkpoint.state import state_of
 from recsys.training.config import TrainConfig
 from recsys.training.metrics import ClickMetrics
 from recsys.training.predictions import greedy_order, member_metrics, merge_for
@@ -39,7 +42,7 @@ def merge_runs(config: MergeConfig, world: World) -> dict[str, ClickMetrics] | N
     """
     merged, sources = on_first(lambda: _plan(config))
     trainer = Trainer(merged, world)
-    trainer.step = checkpoint.load_members(sources, trainer.task, trainer.optimizer)
+    trainer.step = load_members(sources, trainer.task, trainer.optimizer)
     predictions = trainer.predict(trainer.valid_loader)
     partial = config.out.with_name(f".{config.out.name}.partial")
     if world.is_first:
@@ -50,7 +53,8 @@ def merge_runs(config: MergeConfig, world: World) -> dict[str, ClickMetrics] | N
         partial.mkdir(parents=True)
         run.describe(merged, trainer.schema, trainer.plan)
     dist.barrier()
-    checkpoint.save(run.checkpoints, trainer.step, trainer.task, trainer.optimizer, [run.config, run.plan])
+    state = state_of(trainer.task, trainer.optimizer, trainer.step)
+    save_once(run.checkpoints, world, trainer.step, state, [run.config, run.plan])
     if predictions:
         merge = merge_for(merged.merge, predictions)
         run.save_merge(merge, greedy_order(predictions), trainer.step)
@@ -102,7 +106,8 @@ def _plan(config: MergeConfig) -> tuple[TrainConfig, list[tuple[Path, dict[str, 
         members=texts,
         loss="independent",
         merge=config.rule or first.config.merge,
-        resume=False,
+        resume="never",
+        checkpoints=replace(first.config.checkpoints, folder=None),
         # What a run says of single tables is of other tables than these.
         sharding=replace(first.config.sharding, plan=None, constraints=()),
     )
@@ -231,7 +236,7 @@ def _changes(sources: Sequence[_Source]) -> list[str]:
         if names:
             told = ", ".join(f"{name} {now[name]}" for name in names)
             become = ", ".join(str(then[name]) for name in names)
-            lines.append(f"{source.path}: on --resume, {told} become {first.path}'s {become}")
+            lines.append(f"{source.path}: on --resume auto, {told} become {first.path}'s {become}")
     return lines
 
 
@@ -246,7 +251,7 @@ def _for_going_on(config: TrainConfig) -> dict[str, Any]:
 
 def _steps(sources: Sequence[_Source], newest: Sequence[Path]) -> list[str]:
     """A line that tells each run's step where they differ, or where one is not at its last."""
-    steps, told = [checkpoint.step_of(path) for path in newest], []
+    steps, told = [checkpoints.step_of(path) for path in newest], []
     for source, step in zip(sources, steps, strict=True):
         last = _num_steps(source)
         told.append(f"{source.path} at step {step:,}" + (f" of {last:,}, unfinished" if last and step < last else ""))
@@ -262,7 +267,7 @@ def _num_steps(source: _Source) -> int | None:
 
 
 def _newest(run: RunFolder) -> Path:
-    found = checkpoint.newest(run.checkpoints)
+    found = checkpoints.newest(run.checkpoints)
     if found is None:
         raise InputError(f"{run.checkpoints}: no checkpoint in it; the run has not saved one yet")
     return found

@@ -111,7 +111,9 @@ def analyse(config: MergeStudyConfig, recipe: TrainConfig, jobs: list[Job], sche
     costs = {job.members[0]: job.cost for job in jobs if len(job.members) == 1}
     scores = analysis.set_scores(pool, config)
     data = config.data or recipe.data
-    best = bayes_optimal(config.truth, data, "test", pool.test) if config.truth else None
+    labels_N = pool.test.labels_N
+    of_test = len(labels_N), float(labels_N.sum())
+    best = bayes_optimal(config.truth, data, "test", *of_test) if config.truth else None
     return Results(
         study=config,
         recipe=recipe,

@@ -16,7 +16,7 @@ from recsys.distributed import World, process_group
 from recsys.studies.config import IN_PROCESS, StudyConfig
 from recsys.studies.jobs import Job
 from recsys.studies.scheduled import train_on
-from recsys.training import checkpoint
+from recsys.training.checkpoint import folder as checkpoints
 from recsys.training.config import TrainConfig
 from recsys.training.metrics import logloss
 from recsys.training.predict import Predictor
@@ -58,8 +58,8 @@ def state_of(job: Job, num_steps: int) -> State:
     check_same_run(job)
     if all((job.folder / f"{split}.parquet").exists() for split in HELD_OUT):
         return "done"
-    newest = checkpoint.newest(job.folder / "checkpoints")
-    return "to predict" if newest and checkpoint.step_of(newest) >= num_steps else "to train"
+    newest = checkpoints.newest(job.folder / "checkpoints")
+    return "to predict" if newest and checkpoints.step_of(newest) >= num_steps else "to train"
 
 
 def check_same_run(job: Job) -> None:

@@ -7,7 +7,7 @@ import pytest
 from recsys.config import InputError
 from recsys.sharding.cluster import HARDWARE
 from recsys.sharding.constraints import AUTO_TYPES, Allowed, allowed
-from recsys.sharding.workload import OptimizerKind, TableSpec, Workload
+from recsys.sharding.workload import FUSED_ON_CPU, OptimizerKind, TableSpec, Workload
 
 NAMES = ("dcnv2/C1", "dcnv2/C2", "dcnv2/C10", "wukong/C1")
 
@@ -77,3 +77,23 @@ def test_a_cpu_has_nothing_behind_its_memory(kernel: str) -> None:
         with pytest.raises(InputError, match=rf"the kernel {kernel} keeps tables .* cpu has none; use fused"):
             rules(*constraints, kernels=kernels, hardware="cpu")
         assert rules(*constraints, kernels=kernels, hardware="h100")["dcnv2/C1"].kernels == (kernel,)
+
+
+def test_what_a_cpu_cannot_fuse_takes_the_kernel_dense() -> None:
+    counting: tuple[OptimizerKind, ...] = ("adam", "partial_rowwise_adam", "lamb")
+    for kind in counting:
+        assert rules(optimizer=kind, hardware="cpu")["dcnv2/C1"].kernels == ("dense",)
+        assert rules(optimizer=kind)["dcnv2/C1"].kernels == ("fused",)
+        with pytest.raises(InputError, match=rf"FBGEMM has no fused {kind} on a CPU; use the kernel dense, or --opt"):
+            rules("dcnv2/C1=row_wise:fused", optimizer=kind, hardware="cpu")
+    for kind in FUSED_ON_CPU:
+        assert rules(optimizer=kind, hardware="cpu")["dcnv2/C1"].kernels == ("fused",)
+        assert rules(optimizer=kind, kernels=("dense",), hardware="cpu")["dcnv2/C1"].kernels == ("dense",)
+
+
+@pytest.mark.parametrize("optimizer", ["partial_rowwise_adam", "lamb"])
+def test_what_takes_a_mean_or_norm_of_a_row_refuses_to_split_columns(optimizer: OptimizerKind) -> None:
+    assert "column_wise" not in rules(optimizer=optimizer)["dcnv2/C1"].types
+    with pytest.raises(InputError, match=rf"under {optimizer}, so .* use --optimizer.tables adam, or another sharding"):
+        rules(types=("column_wise",), optimizer=optimizer)
+    assert rules(types=("column_wise",), optimizer="adam")["dcnv2/C1"].types == ("column_wise",)

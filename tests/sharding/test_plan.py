@@ -110,7 +110,6 @@ BAD_EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda plan: (key("m/c", "sharding_type", "table_column_wise")(plan), put("m/c", 1, "rank", 2)(plan)),
         "table m/c: table_column_wise stays within one node, its ranks are on 2",
     ),
-    "dense by rows": (key("m/a", "kernel", "dense"), "table m/a: the kernel dense is for data_parallel"),
     "replicated shards": (
         key("m/b", "sharding_type", "data_parallel"),
         "table m/b: data_parallel tables lie whole on every rank",

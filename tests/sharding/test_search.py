@@ -245,10 +245,9 @@ def test_a_table_that_no_rank_can_hold_is_named() -> None:
     ):
         find(*setting(workload, "h100x8"))
     model, _ = setting(workload, "h100x8")
-    with pytest.raises(InputError, match="no table can be kept under dense and table_wise alone"):
+    # The kernel dense has a gradient as large as the table.
+    with pytest.raises(InputError, match=r"needs 9,5\d\d\.\d GiB a rank even table_wise under the kernel dense"):
         find(model, [Allowed(("table_wise",), ("dense",))] * 2)
-    with pytest.raises(InputError, match="table small: none of table_wise under dense can hold it on h100x8x1"):
-        find(model, [Allowed(("table_wise",), ("dense",)), Allowed(("table_wise",), ("fused",))])
 
 
 def test_whole_tables_that_only_fit_in_pieces_are_told_so() -> None:

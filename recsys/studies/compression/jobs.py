@@ -87,7 +87,7 @@ def train_config(
         members=(f"{config.backbone}:name={config.backbone},seed={recipe.seed + seed * SEED_STRIDE}",),
         loss="independent",
         merge="mean_logit",
-        resume=True,
+        resume="auto",
         model=model,
         optimizer=replace(recipe.optimizer, table_lr=table_lr),
     )

@@ -1,0 +1,1 @@
+"""Reports on runs, of what their folders hold."""

@@ -1,0 +1,1 @@
+"""Sweeps: many trainings of one recipe, each with other settings, and the best of them."""
