@@ -57,7 +57,10 @@ def test_every_request_that_is_kept_is_compared() -> None:
 def test_a_request_is_the_one_that_was_read(scheduler: str, job: str, capsys: pytest.CaptureFixture[str]) -> None:
     verb, *rest = JOBS[job]
     assert main(["launch", verb, "-s", scheduler, "--dryrun", *SCHEDULERS[scheduler], *rest]) == 0
-    request = re.sub(r"working_dir='[^']*'", "working_dir='FOLDER'", capsys.readouterr().out)
+    folder = re.compile(r"working_dir='([^']*)'")
+    request = capsys.readouterr().out
+    assert not any(Path(made).exists() for made in folder.findall(request))  # what ray would be sent is gone again
+    request = folder.sub("working_dir='FOLDER'", request)
     path = GOLDEN / f"{scheduler}-{job}.txt"
     if os.environ.get("RECSYS_UPDATE_GOLDEN"):
         path.parent.mkdir(parents=True, exist_ok=True)

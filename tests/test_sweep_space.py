@@ -75,6 +75,7 @@ def test_values_reach_their_fields() -> None:
         ({"grid": ("out=a",)}, "out is each trial's own"),
         ({"space": ("optimizer.dense_lr=log(0,1)",)}, "log takes a range above 0"),
         ({"space": ("optimizer.dense_lr=uniform(2,1)",)}, "the lower end first"),
+        ({"space": ("optimizer.dense_lr=uniform(1,1)",)}, "the lower end first"),
         ({"space": ("seed=int(1,2.5)",)}, "int takes a range of whole numbers"),
         ({"space": ("optimizer.dense_lr=1e-3",)}, "write FIELD=log"),
         ({"space": ("optimizer.dense_lr=log(a,b)",)}, "could not convert string to float"),

@@ -28,7 +28,17 @@ HELD_OUT = ("valid", "test")
 State = Literal["to train", "to predict", "done"]
 
 # Fields of a run's config that change nothing in what it learns.
-MAY_DIFFER = {"out", "data", "resume", "train.log_every", "train.save_every", "train.validate_every", "loader.workers"}
+MAY_DIFFER = {
+    "out",
+    "data",
+    "resume",
+    "sinks",
+    "checkpoints",
+    "train.log_every",
+    "train.save_every",
+    "train.validate_every",
+    "loader.workers",
+}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,10 @@ class Cadence:
     steps_per_epoch: int = 1
     minutes: float | None = None
     """By the clock, since it was last done."""
-    _done_at: float = field(default_factory=time.monotonic, init=False)
+    _done_at: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.done()
 
     def due(self, step: int) -> bool:
         """Whether a step is one of those at which all ranks do it."""

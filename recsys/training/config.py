@@ -15,6 +15,7 @@ from recsys.training.checkpoint.config import CheckpointConfig, WarmStartConfig
 from recsys.training.guard import GuardConfig
 from recsys.training.optim import OptimizerConfig
 from recsys.training.pipelines import PipelineName
+from recsys.training.sinks import SinkConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,8 @@ class LoopConfig:
     """Stop after this many validations without a better NE of the merge."""
     target_auc: float | None = None
     """Stop when a validation finds this AUC of the merge, or a better one."""
+    peak_tflops: float | None = None
+    """TFLOP/s of one device that MFU is told of; without it, those of a product of two square matrices, measured."""
     hang_timeout_s: float = 300.0
     """Seconds without a step after which a job of several ranks ends, naming the ranks that are missing."""
     save_every: int | None = None
@@ -97,6 +100,7 @@ class TrainConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sinks: SinkConfig = field(default_factory=SinkConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
 
     def __post_init__(self) -> None:
@@ -115,7 +119,7 @@ class TrainConfig:
 
 
 # What a resumed run may do otherwise: how long it goes on, what it reports and where it stands.
-MAY_CHANGE = {"data", "out", "resume", "train", "guard", "sharding", "checkpoints", "warm_start"}
+MAY_CHANGE = {"data", "out", "resume", "train", "guard", "sharding", "checkpoints", "sinks", "warm_start"}
 
 
 def _alike(before: ModelConfig, now: ModelConfig) -> ModelConfig:

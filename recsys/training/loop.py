@@ -3,7 +3,6 @@
 import itertools
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,8 @@ from recsys.training.cadence import Cadence
 from recsys.training.checkpoint.saver import Saver
 from recsys.training.control import Ask, Control, Stopped
 from recsys.training.metrics import ClickMetrics
-from recsys.training.predictions import greedy_order, member_metrics, merge_for
 from recsys.training.run import RunFolder
+from recsys.training.share import validate
 from recsys.training.watch import Watch
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ class Loop:
             minutes=loop.validate_every_minutes,
         )
         self._saved_step: int | None = None
-        self._logged_at, self._logged_step = time.perf_counter(), trainer.step
+        trainer.log.restart()
 
     def run(self, advance: Callable[..., None]) -> dict[str, ClickMetrics] | None:
         """Go on to the end; rank 0 gets the metrics of the last validation, the others None.
@@ -63,6 +62,7 @@ class Loop:
         batches = itertools.islice(trainer.loader.stream(trainer.step), trainer.num_steps - trainer.step)
         while trainer.step < trainer.num_steps:
             outputs = trainer.train_step(batches)
+            trainer.log.update(outputs)
             self.watch.moved(trainer.step)
             is_last = trainer.step == trainer.num_steps
             advance(loop.batch_size, self._log(outputs) if is_last or trainer.step % loop.log_every == 0 else "")
@@ -96,14 +96,12 @@ class Loop:
 
     def _log(self, outputs: Outputs) -> str:
         """Write a line of training metrics; returns what progress shows of it."""
-        trainer, now = self.trainer, time.perf_counter()
+        trainer = self.trainer
         trainer.one_step.guard.check()
         losses = mean_over_ranks(outputs.losses_M).tolist()
-        rate = (trainer.step - self._logged_step) * trainer.config.train.batch_size / (now - self._logged_at)
         names = [spec.name for spec in trainer.specs]
-        values = {"epoch": trainer.epoch, "rows_per_s": rate, "loss": dict(zip(names, losses, strict=True))}
+        values = {"epoch": trainer.epoch, "loss": dict(zip(names, losses, strict=True)), **trainer.log.record()}
         self.write("train", trainer.step, values)
-        self._logged_at, self._logged_step = time.perf_counter(), trainer.step
         return "loss " + " ".join(f"{loss:.4f}" for loss in losses)
 
     def _validate(self) -> tuple[dict[str, ClickMetrics] | None, str | None]:
@@ -111,19 +109,18 @@ class Loop:
         trainer = self.trainer
         try:
             with trainer.one_step.swapped():
-                predictions = trainer.predict(trainer.valid_loader, self._watched)
+                share = trainer.share(trainer.valid_loader, self._watched)
         except Stopped:
             self._stop()
-        metrics: dict[str, ClickMetrics] | None = None
         with self.watch.paused():
-            if predictions is not None:
-                merge = merge_for(trainer.config.merge, predictions)
-                metrics = member_metrics(predictions, merge)
+            found = validate(share, trainer.config.merge)
+            metrics = found.metrics if trainer.world.is_first else None
+            if metrics is not None:
                 self.write("valid", trainer.step, {name: asdict(member) for name, member in metrics.items()})
-                self.folder.save_merge(merge, greedy_order(predictions), trainer.step)
+                self.folder.save_merge(found.merge, found.order, trainer.step)
             reason = self._weigh(metrics)
         self.validation.done()
-        self._logged_at, self._logged_step = time.perf_counter(), trainer.step
+        trainer.log.restart()
         return metrics, reason
 
     def _weigh(self, metrics: dict[str, ClickMetrics] | None) -> str | None:

@@ -20,7 +20,7 @@ class EarlyStopping:
 
     def __init__(self, patience: int | None, target_auc: float | None) -> None:
         self._patience, self._target_auc = patience, target_auc
-        self._best, self._waited = math.inf, 0
+        self._best, self._waited, self._auc = math.inf, 0, 0.0
         self._best_of_first_epoch = math.inf
         self._has_warned = False
 
@@ -31,22 +31,26 @@ class EarlyStopping:
             self._best, self._waited = merged.ne, 0
         else:
             self._waited += 1
-        warning = self._overfits(merged.ne, epoch)
-        if self._target_auc is not None and merged.auc >= self._target_auc:
-            return f"AUC {merged.auc:.5f} has reached --train.target-auc {self._target_auc}", warning
+        self._auc = merged.auc
+        return self.reason(), self._overfits(merged.ne, epoch)
+
+    def reason(self) -> str | None:
+        """Why to stop after the last validation, if so."""
+        if self._target_auc is not None and self._auc >= self._target_auc:
+            return f"AUC {self._auc:.5f} has reached --train.target-auc {self._target_auc}"
         if self._patience is not None and self._waited >= self._patience:
-            return f"NE has not been below {self._best:.5f} for {self._waited} validations (--train.patience)", warning
-        return None, warning
+            return f"NE has not been below {self._best:.5f} for {self._waited} validations (--train.patience)"
+        return None
 
     def state(self) -> Tensor:
         """What to save."""
-        values = (self._best, self._waited, self._best_of_first_epoch, self._has_warned)
+        values = (self._best, self._waited, self._auc, self._best_of_first_epoch, self._has_warned)
         return torch.tensor([float(value) for value in values], dtype=torch.float64)
 
     def load_state(self, state: list[float]) -> None:
         """Go on from what was saved."""
-        best, waited, first, warned = state
-        self._best, self._waited, self._best_of_first_epoch, self._has_warned = best, int(waited), first, bool(warned)
+        self._best, waited, self._auc, self._best_of_first_epoch, warned = state
+        self._waited, self._has_warned = int(waited), bool(warned)
 
     def _overfits(self, ne: float, epoch: float) -> str | None:
         """The one-epoch phenomenon of CTR models (Zhang et al., CIKM 2022, arXiv 2209.06053)."""

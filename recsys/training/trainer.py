@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from recsys.config import InputError
 from recsys.data.batch import Batch
 from recsys.data.loader import Loader
 from recsys.data.schema import Schema
@@ -24,16 +25,18 @@ from recsys.training.checkpoint.state import state_of
 from recsys.training.checkpoint.warm_start import warm_start
 from recsys.training.config import TrainConfig
 from recsys.training.control import Control
+from recsys.training.log import TrainingLog
 from recsys.training.loop import Loop
 from recsys.training.metrics import ClickMetrics
 from recsys.training.opening import open_run
 from recsys.training.optim import Optimizer
-from recsys.training.predict import predict
 from recsys.training.predictions import Predictions
 from recsys.training.sharded import held_out, loader, shard
+from recsys.training.share import Share, predict_share
 from recsys.training.step import Step
 from recsys.training.stopping import EarlyStopping
 from recsys.training.watch import Watch
+from recsys.training.workload import dense_flops
 
 
 class Trainer:
@@ -54,6 +57,9 @@ class Trainer:
         connect(self.task, model.embedding, self.task.fused_optimizer.state_dict()["state"])
         self.members = model.members
         self.one_step = Step(self.task, self.optimizer, config, self.plan, world)
+        peak = 1e12 * loop.peak_tflops if loop.peak_tflops else None
+        flops = dense_flops(model.members)
+        self.log = TrainingLog(config, self.schema, flops, self.one_step.phases, world, peak)
         self.stopping = EarlyStopping(loop.patience, loop.target_auc)
         self.step = 0
 
@@ -64,11 +70,14 @@ class Trainer:
             SystemExit: a signal stopped the run; it is saved.
         """
         config, world = self.config, self.world
+        on_first(config.sinks.check)
         run, newest = on_first(lambda: open_run(config, self.schema, self.num_steps))
         with ExitStack() as held:
             on_first(lambda: held.enter_context(checkpoints.taken(config.checkpoint_folder, run.id)))
             if newest:
                 self.load(newest)
+                if reason := self.stopping.reason():
+                    raise InputError(f"{config.out}: the run stopped at step {self.step}: {reason}; evaluate it")
             elif config.warm_start.path:
                 warm = warm_start(config.warm_start, self.task, self.optimizer)
                 if world.is_first:
@@ -84,7 +93,7 @@ class Trainer:
             held.enter_context(watch.watching())
             rows = self.num_steps * config.train.batch_size
             advance = held.enter_context(progress("train", total=rows, unit="rows", show=world.is_first))
-            write = held.enter_context(run.writer(self.step, world.is_first))
+            write = held.enter_context(run.writer(self.step, world.is_first, config.sinks))
             loader = self.loader
             tail = {"rows": loader.num_rows, "tail_rows": loader.tail_rows, "tail_share": loader.tail_share}
             write("data", self.step, tail)
@@ -113,11 +122,14 @@ class Trainer:
             loader: of the rows.
             watched: hands on the batches, and may raise in between.
         """
+        return self.share(loader, watched).gathered()
+
+    def share(self, loader: Loader, watched: Callable[[Iterator[Batch]], Iterator[Batch]] | None = None) -> Share:
+        """Logits and labels of this rank's held-out rows; see `predict`."""
         self.one_step.detach()
         batches = loader.once()
-        return predict(
-            self.task, [spec.name for spec in self.specs], watched(batches) if watched else batches, self.world
-        )
+        names = [spec.name for spec in self.specs]
+        return predict_share(self.task, names, watched(batches) if watched else batches, self.world.device)
 
     def state(self) -> dict[str, Any]:
         """All that the run needs to go on from here."""
@@ -129,6 +141,8 @@ class Trainer:
         self.step = load(path, self.task, self.optimizer, extra)
         self.stopping.load_state(extra["stopping"].tolist())
         self.one_step.load_state(extra)
+        self.log.load_state({name: extra[f"log.{name}"] for name in ("before", "window")})
 
     def _extra(self) -> dict[str, Tensor]:
-        return {"stopping": self.stopping.state(), **self.one_step.state()}
+        log = {f"log.{name}": values for name, values in self.log.state().items()}
+        return {"stopping": self.stopping.state(), **self.one_step.state(), **log}
