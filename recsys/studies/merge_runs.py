@@ -17,9 +17,8 @@ from recsys.members import MemberSpec, describe_member, renamed
 from recsys.sharding.plan import Plan
 from recsys.studies.config import MergeConfig
 from recsys.training.checkpoint import folder as checkpoints
-from recsys.training.checkpoint.load import load_members
+from recsys.training.checkpoint.load import load_averages, load_members
 from recsys.training.checkpoint.saver import save_once
-from recsys.training.checkpoint.state import state_of
 from recsys.training.config import TrainConfig
 from recsys.training.metrics import ClickMetrics
 from recsys.training.predictions import greedy_order, member_metrics, merge_for
@@ -43,7 +42,13 @@ def merge_runs(config: MergeConfig, world: World) -> dict[str, ClickMetrics] | N
     merged, sources = on_first(lambda: _plan(config))
     trainer = Trainer(merged, world)
     trainer.step = load_members(sources, trainer.task, trainer.optimizer)
-    predictions = trainer.predict(trainer.valid_loader)
+    if averages := trainer.one_step.ema:
+        averages.restart()
+        for path, names in sources:
+            for here, there in names.items():
+                load_averages(path, averages, here, there)
+    with trainer.one_step.swapped():
+        predictions = trainer.predict(trainer.valid_loader)
     partial = config.out.with_name(f".{config.out.name}.partial")
     if world.is_first:
         shutil.rmtree(partial, ignore_errors=True)
@@ -53,8 +58,7 @@ def merge_runs(config: MergeConfig, world: World) -> dict[str, ClickMetrics] | N
         partial.mkdir(parents=True)
         run.describe(merged, trainer.schema, trainer.plan)
     dist.barrier()
-    state = state_of(trainer.task, trainer.optimizer, trainer.step)
-    save_once(run.checkpoints, world, trainer.step, state, [run.config, run.plan])
+    save_once(run.checkpoints, world, trainer.step, trainer.state(), [run.config, run.plan])
     if predictions:
         merge = merge_for(merged.merge, predictions)
         run.save_merge(merge, greedy_order(predictions), trainer.step)

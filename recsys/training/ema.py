@@ -36,6 +36,11 @@ class Ema:
         finally:
             self._set(own)
 
+    def restart(self) -> None:
+        """Begin anew with the parameters as they are."""
+        for name, param in self._params.items():
+            self._averages[name].copy_(param.detach())
+
     def apply(self) -> None:
         """Give the parameters their averages for good."""
         self._set(self._averages)

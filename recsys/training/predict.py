@@ -18,8 +18,10 @@ from recsys.embeddings.quantised import TableBytes, quantise_tables
 from recsys.members import MemberSpec
 from recsys.merge.rules import FITTED, Merge
 from recsys.training.checkpoint import folder as checkpoints
-from recsys.training.checkpoint.load import load
+from recsys.training.checkpoint.load import load, load_averages
 from recsys.training.config import TrainConfig
+from recsys.training.ema import Ema
+from recsys.training.optim import dense_parameters
 from recsys.training.predictions import Predictions, greedy_order, merge_for
 from recsys.training.run import RunFolder, data_facts
 from recsys.training.sharded import held_out, shard
@@ -65,6 +67,10 @@ class Predictor:
         local_batch_size = max(self.config.train.batch_size // world.size, 1)
         self.task, _, _ = shard(self.config, self.schema, self.specs, local_batch_size, world)
         self.step = load(newest, self.task)
+        if config.optimizer.ema_decay is not None:
+            averages = Ema(dense_parameters(self.task), config.optimizer.ema_decay)
+            load_averages(newest, averages)
+            averages.apply()
 
     def _spec(self, name: str) -> MemberSpec:
         specs = {spec.name: spec for spec in self.config.specs()}

@@ -36,7 +36,8 @@ def world() -> Iterator[World]:
 
 def job(data: Path, out: Path, *members: str, **changes: Any) -> TrainConfig:
     # The schedule looks ahead: a run that goes on to step 20 has it from the first step on.
-    return small_config(data, out=out, members=members, log_every=1, num_steps=STEPS, embedding_dropout=0.1, **changes)
+    values = {"log_every": 1, "num_steps": STEPS, "embedding_dropout": 0.1, "ema_decay": 0.9, **changes}
+    return small_config(data, out=out, members=members, **values)
 
 
 @pytest.fixture(scope="module")

@@ -49,8 +49,9 @@ def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory, world: World) 
     """A run of 20 steps that logs and validates on the way, with dropout."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     config = small_config(
-        prepared, out=out, members=MEMBERS, embedding_dropout=0.2, log_every=1, validate_every=10, save_every=10
-    )
+        prepared, out=out, members=MEMBERS, embedding_dropout=0.2, log_every=1, validate_every=10, save_every=10,
+        ema_decay=0.9,
+    )  # fmt: skip
     Trainer(config, world).train()
     return config
 

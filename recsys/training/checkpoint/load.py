@@ -18,6 +18,7 @@ from recsys.embeddings.dynamic_resize import load_resized, put_back
 from recsys.embeddings.tables import TABLE_SEPARATOR
 from recsys.place import is_local
 from recsys.training.checkpoint.state import put, state_of
+from recsys.training.ema import Ema
 from recsys.training.optim import BEFORE_OWNER, Optimizer
 
 # A member's name in that of one of its layers, tables and arrays, or of a table's state (`MEMBER/FEATURE.momentum1`).
@@ -75,6 +76,24 @@ def load_members(
     return max(steps)
 
 
+def load_averages(path: Path, averages: Ema, here: str = "", there: str = "") -> None:
+    """Load averages of a member's parameters, or of all; those that the checkpoint lacks stay as they are.
+
+    Args:
+        path: of the checkpoint.
+        averages: to fill.
+        here: the member; all where left out.
+        there: its name in the checkpoint.
+    """
+    values = averages.state()
+    if here:
+        values = {name: value for name, value in values.items() if _owner(name) == here}
+    named = {f"extra.ema.{_rename(name, there) if here else name}": value for name, value in values.items()}
+    known = names_in(path)
+    if part := {name: value for name, value in named.items() if name in known}:
+        read_into(part, path)
+
+
 def reader(path: Path) -> FileSystemReader:
     """What reads a checkpoint on a disk or an object store."""
     return FileSystemReader(str(path)) if is_local(path) else FsspecReader(str(path))
@@ -104,9 +123,15 @@ def read_into(state: dict[str, Any], path: Path) -> None:
 
 def _renamed(values: Mapping[str, Any], here: str, there: str) -> dict[str, Any]:
     """Take what is of the member `here`, or of no member, under the names that it has for the member `there`."""
-    found = {}
-    for key, value in values.items():
-        match = _OWNER.search(key)
-        if match is None or match["name"] == here:
-            found[key if match is None else f"{key[: match.start('name')]}{there}{key[match.end('name') :]}"] = value
-    return found
+    return {_rename(key, there): value for key, value in values.items() if _owner(key) in (None, here)}
+
+
+def _owner(key: str) -> str | None:
+    match = _OWNER.search(key)
+    return match["name"] if match else None
+
+
+def _rename(key: str, there: str) -> str:
+    """The same under another member's name, where it is a member's."""
+    match = _OWNER.search(key)
+    return f"{key[: match.start('name')]}{there}{key[match.end('name') :]}" if match else key
