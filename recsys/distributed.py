@@ -13,12 +13,16 @@ import fbgemm_gpu
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store as _default_store
 
 from recsys.config import InputError
 
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
+
+REFUSED = f"refused/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+"""Key of the job's store that says that a rank met bad input."""
 
 # Of glibc's mallopt: what the end of the heap may hold unused, and from what size a block is mapped of its own.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, KEPT_BYTES = -1, -3, 2**30
@@ -71,11 +75,25 @@ def process_group() -> Iterator[World]:
     try:
         yield world
     except InputError as error:
-        if not world.is_first and not error.on_all_ranks:
-            print(f"recsys: rank {world.rank}: {error}", file=sys.stderr)  # noqa: T201  (rank 0 does not know of it)
+        if not error.on_all_ranks and world.size > 1:
+            _default_store().set(REFUSED, "")  # the others wait for this rank, and lose it
+            if not world.is_first:
+                print(f"recsys: rank {world.rank}: {error}", file=sys.stderr)  # noqa: T201  (rank 0 does not know)
+        raise
+    except RuntimeError:
+        if world.size > 1 and _is_refused():
+            raise SystemExit(2) from None  # that rank has told why
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _is_refused() -> bool:
+    """Whether a rank met bad input that the others know nothing of."""
+    try:
+        return bool(_default_store().check([REFUSED]))
+    except RuntimeError:  # the store is gone with the rank that kept it
+        return False
 
 
 def _keep_freed_memory() -> None:

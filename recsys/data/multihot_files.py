@@ -100,7 +100,7 @@ def _expand_file(path: Path, target: Path, schema: Schema, multi_hot: MultiHot, 
             if size > 1:
                 ids = pa.list_(pa.field("element", pa.int32(), nullable=False), size)
                 columns = columns.set(index, pa.field(feature, ids, nullable=False))
-        with pq.ParquetWriter(target, columns, compression="lz4") as writer:
+        with pq.ParquetWriter(target, columns, compression="lz4", write_page_checksum=True) as writer:
             for group in range(file.num_row_groups):
                 try:
                     table = _expand_table(file.read_row_group(group), columns, schema, multi_hot)

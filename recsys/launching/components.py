@@ -9,7 +9,11 @@ from torchx import specs
 from torchx.components import dist
 
 # A restarted worker over gloo must not read the addresses of the attempt before from the agent's store.
-ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+ENVIRONMENT = {
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    # torchrun hands these on to its ranks, which save; SIGUSR1 is not among its own.
+    "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+}
 IMAGE = "recsys:latest"
 
 

@@ -34,6 +34,7 @@ MAY_DIFFER = {
     "resume",
     "sinks",
     "checkpoints",
+    "profile",
     "train.log_every",
     "train.save_every",
     "train.validate_every",

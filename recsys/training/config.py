@@ -15,6 +15,7 @@ from recsys.training.checkpoint.config import CheckpointConfig, WarmStartConfig
 from recsys.training.guard import GuardConfig
 from recsys.training.optim import OptimizerConfig
 from recsys.training.pipelines import PipelineName
+from recsys.training.profile import ProfileConfig
 from recsys.training.sinks import SinkConfig
 
 
@@ -101,6 +102,7 @@ class TrainConfig:
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     sinks: SinkConfig = field(default_factory=SinkConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
 
     def __post_init__(self) -> None:
@@ -119,7 +121,7 @@ class TrainConfig:
 
 
 # What a resumed run may do otherwise: how long it goes on, what it reports and where it stands.
-MAY_CHANGE = {"data", "out", "resume", "train", "guard", "sharding", "checkpoints", "sinks", "warm_start"}
+MAY_CHANGE = {"data", "out", "resume", "train", "guard", "sharding", "checkpoints", "sinks", "profile", "warm_start"}
 
 
 def _alike(before: ModelConfig, now: ModelConfig) -> ModelConfig:
@@ -137,7 +139,8 @@ def check_same_job(before: TrainConfig, now: TrainConfig) -> None:
     fields = {name: values for name, values in fields.items() if name not in MAY_CHANGE}
     fields["batch_size"] = (before.train.batch_size, now.train.batch_size)
     fields["model"] = (before.model, _alike(before.model, now.model))
-    fields["loader"] = (before.loader, replace(now.loader, workers=before.loader.workers))
+    how = {name: getattr(before.loader, name) for name in ("workers", "on_corrupt")}
+    fields["loader"] = (before.loader, replace(now.loader, **how))
     for name, (old, new) in fields.items():
         if old != new:
             raise InputError(

@@ -7,13 +7,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
 from recsys.data.batch import Batch
+from recsys.data.loader import Loader
 from recsys.distributed import mean_over_ranks, on_first
 from recsys.tasks.click import Outputs
 from recsys.training.cadence import Cadence
 from recsys.training.checkpoint.saver import Saver
 from recsys.training.control import Ask, Control, Stopped
 from recsys.training.metrics import ClickMetrics
+from recsys.training.profile import Profile
 from recsys.training.run import RunFolder
 from recsys.training.share import validate
 from recsys.training.watch import Watch
@@ -34,13 +38,21 @@ class Loop:
         watch: told of every step.
         saver: writes checkpoints.
         write: of the run's metrics, see `RunFolder.writer`.
+        profile: told of every step.
     """
 
     def __init__(
-        self, trainer: "Trainer", run: RunFolder, control: Control, watch: Watch, saver: Saver, write: Write
+        self,
+        trainer: "Trainer",
+        run: RunFolder,
+        control: Control,
+        watch: Watch,
+        saver: Saver,
+        write: Write,
+        profile: Profile,
     ) -> None:
         self.trainer, self.folder, self.control = trainer, run, control
-        self.watch, self.saver, self.write = watch, saver, write
+        self.watch, self.saver, self.write, self.profile = watch, saver, write, profile
         config, loop = trainer.config, trainer.config.train
         self.saving = Cadence(every=loop.save_every, minutes=config.checkpoints.every_minutes)
         self.validation = Cadence(
@@ -62,6 +74,7 @@ class Loop:
         batches = itertools.islice(trainer.loader.stream(trainer.step), trainer.num_steps - trainer.step)
         while trainer.step < trainer.num_steps:
             outputs = trainer.train_step(batches)
+            self.profile.step()
             trainer.log.update(outputs)
             self.watch.moved(trainer.step)
             is_last = trainer.step == trainer.num_steps
@@ -101,6 +114,8 @@ class Loop:
         losses = mean_over_ranks(outputs.losses_M).tolist()
         names = [spec.name for spec in trainer.specs]
         values = {"epoch": trainer.epoch, "loss": dict(zip(names, losses, strict=True)), **trainer.log.record()}
+        if trainer.config.loader.on_corrupt == "skip":
+            values |= _skipped(trainer.loader)
         self.write("train", trainer.step, values)
         return "loss " + " ".join(f"{loss:.4f}" for loss in losses)
 
@@ -165,3 +180,11 @@ class Loop:
     def _say(self, line: str) -> None:
         if self.trainer.world.is_first:
             print(f"recsys: {line}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _skipped(loader: Loader) -> dict[str, int]:
+    """Row groups that could not be decoded on any rank, and their rows."""
+    by_rank: list[dict[str, int]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(by_rank, loader.skipped)
+    groups = {where: rows for skipped in by_rank for where, rows in skipped.items()}
+    return {"num_skipped_groups": len(groups), "num_skipped_rows": sum(groups.values())}

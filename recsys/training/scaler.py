@@ -5,7 +5,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-FIRST_SCALE, GROWTH_INTERVAL = 2.0**16, 2000
+FIRST_SCALE = 2.0**12
+"""torch's 2^16 overflows in the first steps of mean losses over a batch, which are steps lost."""
+GROWTH_INTERVAL = 2000
+"""Steps without an overflow after which the scale grows."""
 
 
 class LossScaler:

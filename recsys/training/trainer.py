@@ -31,6 +31,7 @@ from recsys.training.metrics import ClickMetrics
 from recsys.training.opening import open_run
 from recsys.training.optim import Optimizer
 from recsys.training.predictions import Predictions
+from recsys.training.profile import profiler
 from recsys.training.sharded import held_out, loader, shard
 from recsys.training.share import Share, predict_share
 from recsys.training.step import Step
@@ -98,7 +99,8 @@ class Trainer:
             tail = {"rows": loader.num_rows, "tail_rows": loader.tail_rows, "tail_share": loader.tail_share}
             write("data", self.step, tail)
             advance(self.step * config.train.batch_size)
-            return Loop(self, run, control, watch, saver, write).run(advance)
+            profile = held.enter_context(profiler(config.profile, config.out, world))
+            return Loop(self, run, control, watch, saver, write, profile).run(advance)
 
     def train_step(self, batches: Iterator[Batch]) -> Outputs:
         """One forward, backward and update."""

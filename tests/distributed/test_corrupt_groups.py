@@ -1,5 +1,6 @@
 """A damaged row group in a job of two ranks: both go on without it, or the job ends and one line names it."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,10 @@ def test_two_ranks_go_on_without_it(folder: Path, tmp_path: Path) -> None:
     assert "row group 0: cannot decode it" in done.stderr
     assert "rows get weight 0" in done.stderr
     assert (tmp_path / "run" / "checkpoints" / "step-00000005").is_dir()
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    last = next(record for record in reversed(records) if record["kind"] == "train")
+    assert last["num_skipped_groups"] == 1
+    assert last["num_skipped_rows"] > 0
 
 
 @pytest.mark.slow
@@ -44,3 +49,4 @@ def test_it_ends_the_job_of_two_ranks_and_is_named(folder: Path, tmp_path: Path)
     named = [line for line in done.stderr.splitlines() if "row group 0: cannot decode it" in line]
     assert named
     assert all("recsys: " in line for line in named)
+    assert "recsys/training" not in done.stderr  # no traceback of ours, of the rank that lost its peer either

@@ -97,6 +97,7 @@ def _two_ranks(world: World, data: Path, folder: Path) -> None:
     found["first"] = refused(guarded(data, folder / "first", "skip"), world, (0,))
     found["stop"] = refused(guarded(data, folder / "stop", "stop"), world, (2,))
     found["parts"], _ = losses_of(guarded(data, folder / "parts", "stop", accumulate=3), world, (), 0)
+    found["fp16"], _ = losses_of(guarded(data, folder / "fp16", "stop", precision="fp16"), world, (), 0)
     if world.is_first:
         torch.save(found, folder / "found.pt")
 
@@ -203,3 +204,8 @@ def test_a_batch_in_parts_trains_as_a_whole_one_on_two_ranks(
     on_two: dict[str, Any], on_one: dict[str, np.ndarray]
 ) -> None:
     np.testing.assert_allclose(on_two["parts"], on_one["guarded"], atol=1e-5, rtol=0)
+
+
+def test_fp16_trains_close_to_fp32_on_two_ranks(on_two: dict[str, Any], on_one: dict[str, np.ndarray]) -> None:
+    difference = abs(on_two["fp16"] - on_one["guarded"]).max()
+    assert 1e-6 < difference < 2e-3
