@@ -9,6 +9,7 @@ from tyro.conf import Positional
 from recsys.config import InputError
 from recsys.place import Place
 from recsys.sharding.config import ShardingConfig
+from recsys.sharding.workload import OptimizerKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class Changes:
     """Columns of every table."""
     table_dtype: Literal["fp32", "fp16", "bf16"] | None = None
     """What tables hold their values in."""
-    optimizer: Literal["rowwise_adagrad", "adagrad"] | None = None
+    optimizer: OptimizerKind | None = None
     """Of the tables."""
 
     def __post_init__(self) -> None:

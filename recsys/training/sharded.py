@@ -51,8 +51,11 @@ def shard(
     plan = on_first(lambda: _plan(config, workload(config, schema, model), world))
     check_replicated({name: table.sharding_type for name, table in plan.tables.items()}, model.embedding.owners)
     check_caches({name: table.kernel for name, table in plan.tables.items()}, model.embedding.owners)
+    fused = fused_params(optimizer.fused_params, embeddings, world.device)
+    if config.train.pipeline == "prefetch":
+        fused["prefetch_pipeline"] = True
     sharder = TableSharder(
-        fused_params=fused_params(optimizer.fused_params, embeddings, world.device),
+        fused_params=fused,
         qcomm_codecs_registry=comm_codecs(config.sharding, world.device),
     )
     return Sharded(_distribute(ClickTask(model, config.loss), plan, sharder, world), model, plan)

@@ -55,7 +55,7 @@ class Trainer:
         init_tables(self.task, model.embedding.table_start)
         self.num_steps = loop.num_steps or loop.num_epochs * self.loader.steps_per_epoch
         self.optimizer = Optimizer(self.task, config.optimizer, self.num_steps, self.specs)
-        connect(self.task, model.embedding, self.task.fused_optimizer.state_dict()["state"])
+        connect(self.task, model.embedding, self.optimizer.table_state)
         self.members = model.members
         self.one_step = Step(self.task, self.optimizer, config, self.plan, world)
         peak = 1e12 * loop.peak_tflops if loop.peak_tflops else None

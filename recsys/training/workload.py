@@ -55,7 +55,8 @@ def workload(config: TrainConfig, schema: Schema, model: RecModel | None = None)
         dense_parameters=sum(parameter.numel() for parameter in model.parameters()) - in_tables,
         dense_flops=dense_flops(members),
         dense_precision=config.model.precision,
-        dense_activations=sum(_activations(member) for member in members),
+        # Accumulation recomputes: one part of the batch leaves its values behind at a time.
+        dense_activations=sum(_activations(member) for member in members) // config.train.accumulate,
     )
 
 
