@@ -88,7 +88,7 @@ def _run(group: str, verbs: dict[str, str], arguments: list[str]) -> int:
     """Run the verb that `arguments` begin with, or list the group's verbs."""
     prog = f"recsys {group}".strip()
     if not arguments or arguments[0] in ("-h", "--help"):
-        listed = "\n".join(f"  {verb:<12}{what}" for verb, what in verbs.items())
+        listed = "\n".join(f"  {verb:<13}{what}" for verb, what in verbs.items())
         print(f"usage: {prog} VERB ...\n\n{listed}\n\n`{prog} VERB --help` shows a verb's options.")
         return 0 if arguments else 2
     verb, *rest = arguments
@@ -107,8 +107,11 @@ def _parse(kind: type[T], verb: str, arguments: Sequence[str], default: Any = No
             config: T = tyro.cli(kind, prog=f"recsys {verb}", args=arguments, **options)
     except SystemExit as stop:
         # What a config's __post_init__ says is one line already; tyro would wrap it in a box, on every rank.
-        if isinstance(stop.__context__, ValueError):
-            raise InputError(str(stop.__context__)) from None
+        error = stop.__context__
+        if isinstance(getattr(error, "arg", None), str) and error is not None:  # of a part of the config, not an option
+            error = error.__context__
+        if isinstance(error, ValueError):
+            raise InputError(str(error)) from None
         print(told.getvalue(), end="", file=sys.stderr)
         raise
     return config

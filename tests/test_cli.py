@@ -91,6 +91,8 @@ def test_an_unknown_option_exits_with_2(capsys: pytest.CaptureFixture[str]) -> N
         (["synthetic", "--members", "dcnv3"], "unknown backbone 'dcnv3'; did you mean dcn"),
         (["synthetic", "--members", "dcnv2*"], "member 'dcnv2*' is neither NAME nor NAME*COUNT"),
         (["synthetic", "--merge", "mean"], "unknown merge rule 'mean'; did you mean mean_logit"),
+        (["synthetic", "--compression", "0.5"], "compression 0.5 must be a finite number of at least 1"),
+        (["synthetic", "--optimizer.dense-lr", "-1"], "dense_lr -1.0 must not be negative"),
         (["no_such_module:make"], "recipe 'no_such_module:make': No module named 'no_such_module'"),
         (["recsys.recipes:criteo"], "recipe 'recsys.recipes:criteo': module 'recsys.recipes' has no attribute"),
         (["os:getcwd"], "recipe 'os:getcwd' returns str instead of TrainConfig"),

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -38,8 +39,9 @@ class Control:
 
     def __init__(self, world: World, grace_s: float) -> None:
         self._world, self._grace_s = world, grace_s
-        self._asked = torch.zeros(len(ASKS), dtype=torch.int32)
-        self._sent = torch.zeros_like(self._asked)
+        self._asked: deque[Ask] = deque()  # which threads and handlers may add to at any moment
+        self._kept: set[Ask] = set()
+        self._sent = torch.zeros(len(ASKS), dtype=torch.int32)
         self._work: dist.Work | None = None
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._timer: threading.Timer | None = None
@@ -47,17 +49,12 @@ class Control:
 
     def ask(self, what: Ask) -> None:
         """Ask all ranks for something; any thread, or a signal's handler, may call it."""
-        self._asked[ASKS.index(what)] = 1
+        self._asked.append(what)
 
     def agreed(self) -> set[Ask]:
         """What all ranks shall do now; each thing is told once."""
-        if self._group is None:
-            now, self._asked = self._asked, torch.zeros_like(self._asked)
-        else:
-            now = self._received()
-            self._sent, self._asked = self._asked, torch.zeros_like(self._asked)
-            self._work = dist.all_reduce(self._sent, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return {ask for ask, wanted in zip(ASKS, now.tolist(), strict=True) if wanted}
+        now, self._kept = self._kept | self._exchange(), set()
+        return now
 
     def until_stopped(self, items: Iterable[T]) -> Iterator[T]:
         """Yield items, equally many on every rank, until a rank is told to stop.
@@ -66,31 +63,40 @@ class Control:
             Stopped: one was, on all ranks at the same item.
         """
         for item in items:
-            if "stop" in self.agreed():
+            self._kept |= self._exchange()
+            if "stop" in self._kept:
                 raise Stopped
             yield item
 
     @contextmanager
-    def signals(self) -> Iterator[None]:
-        """Take SIGTERM and SIGUSR1 as the wish to save and stop; only the main thread can."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+    def listening(self) -> Iterator[None]:
+        """Take SIGTERM and SIGUSR1 as the wish to save and stop, where this is the main thread, which alone can."""
+        is_main = threading.current_thread() is threading.main_thread()
+        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS} if is_main else {}
         try:
             yield
         finally:
-            self._received()
             if self._timer:
                 self._timer.cancel()
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-    def _received(self) -> torch.Tensor:
+        # Not after an exception: the others may never send what this rank would wait for.
         if self._work is not None:
             self._work.wait()
-            self._work = None
-        return self._sent
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+
+    def _exchange(self) -> set[Ask]:
+        """Send what was asked for here since the last call, and take what was sent then from all ranks."""
+        mine = {self._asked.popleft() for _ in range(len(self._asked))}
+        if self._group is None:
+            return mine
+        if self._work is not None:
+            self._work.wait()
+        found = {ask for ask, wanted in zip(ASKS, self._sent.tolist(), strict=True) if wanted}
+        self._sent = torch.tensor([ask in mine for ask in ASKS], dtype=torch.int32)
+        self._work = dist.all_reduce(self._sent, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return found
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:

@@ -90,7 +90,7 @@ class Trainer:
             watch = Watch(world, self.one_step.phases, config.train.hang_timeout_s)
             saver = Saver(config.checkpoint_folder, config.checkpoints, world, lambda: control.ask("failed"))
             held.callback(saver.close)
-            held.enter_context(control.signals())
+            held.enter_context(control.listening())
             held.enter_context(watch.watching())
             rows = self.num_steps * config.train.batch_size
             advance = held.enter_context(progress("train", total=rows, unit="rows", show=world.is_first))

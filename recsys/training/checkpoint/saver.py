@@ -103,6 +103,7 @@ class Saver:
             self.finish()
         finally:
             self._thread.shutdown()
+            dist.destroy_process_group(self._group)
 
     def _tell(self, written: "Future[None]") -> None:
         if written.exception() and self._on_failure:
