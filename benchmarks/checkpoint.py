@@ -7,6 +7,7 @@ that a busy machine is as busy for all of them.
 """
 
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -18,6 +19,7 @@ from typing import Literal
 import torch
 import tyro
 
+from facts import facts
 from recsys.data.batch import Batch
 from recsys.distributed import World, process_group
 from recsys.recipes import find_recipe
@@ -72,7 +74,7 @@ class Cost:
 
 def main(config: CheckpointBenchmark) -> dict[str, Cost]:
     """Measure both kinds."""
-    recipe = find_recipe(config.recipe)
+    recipe, load = find_recipe(config.recipe), os.getloadavg()
     with process_group() as world, tempfile.TemporaryDirectory() as folder:
         run = replace(
             recipe,
@@ -94,7 +96,9 @@ def main(config: CheckpointBenchmark) -> dict[str, Cost]:
             for kind, costs in found.items()
         }
     if config.json:
-        config.json.write_text(json.dumps({kind: asdict(cost) for kind, cost in medians.items()}, indent=2) + "\n")
+        whole = {kind: asdict(cost) for kind, cost in medians.items()}
+        whole |= facts(__file__, ("torch", "torchrec"), load)
+        config.json.write_text(json.dumps(whole, indent=2) + "\n")
     return medians
 
 

@@ -10,6 +10,7 @@ newest whole checkpoint. Both runs must give the same losses and validation metr
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from pathlib import Path
 import psutil
 import tyro
 
+from facts import facts
+
 ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
@@ -31,8 +34,8 @@ class SurvivalConfig:
     data: Path
     """Prepared folder."""
     recipe: str = "criteo_kaggle"
-    options: tuple[str, ...] = ("--members", "dcnv2")
-    """Further options of `recsys train`."""
+    options: str = "--members dcnv2"
+    """Further options of `recsys train`, in one word: --options="--members wukong"."""
     num_steps: int = 120
     save_every: int = 5
     """Steps between checkpoints."""
@@ -66,6 +69,7 @@ def main(config: SurvivalConfig) -> Survival:
     Raises:
         RuntimeError: a job did not end well.
     """
+    load = os.getloadavg()
     with tempfile.TemporaryDirectory() as temporary:
         folder = config.folder or Path(temporary)
         rng = random.Random(config.seed)
@@ -80,7 +84,8 @@ def main(config: SurvivalConfig) -> Survival:
             _difference(*(_metrics(folder / name) for name in ("alone", "killed"))),
         )
     if config.json:
-        config.json.write_text(json.dumps(asdict(found), indent=2) + "\n")
+        whole = asdict(found) | facts(__file__, ("torch", "torchrec"), load)
+        config.json.write_text(json.dumps(whole, indent=2) + "\n")
     return found
 
 
@@ -89,7 +94,7 @@ def train(config: SurvivalConfig, out: Path, victims: list[tuple[int, int]]) -> 
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.ranks),
         "--max-restarts", str(len(victims)), "--monitor-interval", "0.1", "-m", "recsys.cli", "train", config.recipe,
-        "--data", str(config.data), "--out", str(out), "--resume", "auto", *config.options,
+        "--data", str(config.data), "--out", str(out), "--resume", "auto", *shlex.split(config.options),
         "--train.num-steps", str(config.num_steps), "--train.log-every", "1",
         "--train.save-every", str(config.save_every),
     ]  # fmt: skip

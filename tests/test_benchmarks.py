@@ -34,3 +34,16 @@ def test_prepare_reports_every_cost(tmp_path: Path) -> None:
     assert result["rows_per_cpu_second"] * result["cpu_seconds"] == pytest.approx(ROWS)
     assert result["ratio_to_pyarrow_read"] * result["pyarrow_read_cpu_seconds"] == pytest.approx(result["cpu_seconds"])
     assert 240 < result["raw_bytes"] / ROWS < 280
+
+
+def test_checkpoints_are_timed_both_ways(prepared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    sizes = ["--embedding-dim", "8", "--batch-size", "64", "--quiet-steps", "2", "--turns", "1"]
+    command = [sys.executable, str(BENCHMARKS / "checkpoint.py"), "--data", str(prepared), "--json", str(out), *sizes]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    for kind in ("async", "sync"):
+        assert all(value > 0 for value in result[kind].values())
+        assert result[kind]["call_ms"] <= result[kind]["writing_ms"]
+    assert {"commit", "machine", "versions", "command"} <= result.keys()

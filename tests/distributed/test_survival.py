@@ -1,10 +1,10 @@
 """Jobs of several processes that are killed, told to stop, or stand still."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,29 +25,20 @@ from tests.distributed.jobs import on_ranks, small_config
 ROOT = Path(__file__).parents[2]
 
 
-def script(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.slow
 def test_a_job_whose_ranks_are_killed_comes_to_what_it_would_have(prepared: Path, tmp_path: Path) -> None:
     """Both ranks once each; `benchmarks/survival.py --kills 10` does more."""
-    survival = script("survival")
-    found = survival.main(
-        survival.SurvivalConfig(
-            data=prepared, num_steps=40, save_every=4, kills=2, seed=4, folder=tmp_path,
-            options=("--members", "dcnv2", "--train.batch-size", "128", "--train.validate-every", "16"),
-        )
-    )  # fmt: skip
-    assert {rank for _, rank in found.kills} == {0, 1}
-    assert found.largest_loss_difference < 1e-6
-    assert found.largest_metric_difference < 1e-6
+    command = [
+        sys.executable, str(ROOT / "benchmarks" / "survival.py"), "--data", str(prepared), "--json",
+        str(tmp_path / "found.json"), "--folder", str(tmp_path), "--num-steps", "40", "--save-every", "4",
+        "--kills", "2", "--seed", "4", "--options=--members dcnv2 --train.batch-size 128 --train.validate-every 16",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {rank for _, rank in found["kills"]} == {0, 1}
+    assert found["largest_loss_difference"] < 1e-6
+    assert found["largest_metric_difference"] < 1e-6
     assert len(list((tmp_path / "killed" / "tensorboard").iterdir())) == 3  # attempts
 
 
