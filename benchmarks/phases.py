@@ -90,14 +90,18 @@ class Job:
         trainer.members.register_forward_pre_hook(forward_begins)
         loss = next(part for part in trainer.task.modules() if isinstance(part, ClickLoss))
         loss.register_forward_hook(forward_ends)
-        step = trainer.optimizer.combined.step
+        for _, part in trainer.optimizer.combined.optimizers:
+            part.step = self._timed(part.step)
+
+    def _timed(self, step: Callable[..., None]) -> Callable[..., None]:
+        """One optimizer's step, as a phase of its own."""
 
         def timed_step(*arguments: Any, **options: Any) -> None:
             self.clock.enter("dense optimizer")
             step(*arguments, **options)
             self.clock.enter("tables")
 
-        trainer.optimizer.combined.step = timed_step
+        return timed_step
 
     def stepper(self, kind: str, batches: Iterator[Batch]) -> Callable[[], object]:
         """Return what takes one step: the trainer's own, or the forward that predicts."""

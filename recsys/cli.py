@@ -220,11 +220,13 @@ def _train(arguments: list[str]) -> int:
         return 0 if arguments else 2
     recipe, *rest = arguments
     config = _parse(TrainConfig, f"train {recipe}", rest, default=find_recipe(recipe))
-    from recsys.distributed import process_group
+    from recsys.distributed import on_all_alike, process_group
     from recsys.training.trainer import Trainer
 
     with process_group() as world:
-        metrics = Trainer(config, world).train()
+        with on_all_alike():  # what one rank alone lacks is agreed on before it gets here
+            trainer = Trainer(config, world)
+        metrics = trainer.train()
     if metrics:
         _print_metrics(f"{config.out}: validation", metrics)
     return 0

@@ -4,7 +4,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,8 +21,10 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
 
-REFUSED = f"refused/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-"""Key of the job's store that says that a rank met bad input."""
+REFUSED = "refused"
+"""Key of the job's store, with the attempt, which says that a rank met bad input."""
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""What gloo and nccl say when another rank is gone."""
 
 # Of glibc's mallopt: what the end of the heap may hold unused, and from what size a block is mapped of its own.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, KEPT_BYTES = -1, -3, 2**30
@@ -37,6 +39,8 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
+    attempt: int = 0
+    """How often torchrun has started the job anew."""
 
     @property
     def is_first(self) -> bool:
@@ -60,6 +64,7 @@ def process_group() -> Iterator[World]:
         local_rank=local_rank,
         local_size=local_size,
         device=_device(local_rank, local_size),
+        attempt=int(launched.get("TORCHELASTIC_RESTART_COUNT", "0")),
     )
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
@@ -74,26 +79,44 @@ def process_group() -> Iterator[World]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     try:
         yield world
-    except InputError as error:
-        if not error.on_all_ranks and world.size > 1:
-            _default_store().set(REFUSED, "")  # the others wait for this rank, and lose it
-            if not world.is_first:
-                print(f"recsys: rank {world.rank}: {error}", file=sys.stderr)  # noqa: T201  (rank 0 does not know)
+    except (InputError, OSError) as error:
+        if world.size > 1 and not getattr(error, "on_all_ranks", False):
+            _refuse(world, error)
         raise
-    except RuntimeError:
-        if world.size > 1 and _is_refused():
-            raise SystemExit(2) from None  # that rank has told why
+    except RuntimeError as error:
+        if world.size > 1 and any(words in str(error) for words in LOST_PEER):
+            raise SystemExit(_lost(world, error)) from None
         raise
     finally:
         dist.destroy_process_group()
 
 
-def _is_refused() -> bool:
-    """Whether a rank met bad input that the others know nothing of."""
+@contextmanager
+def on_all_alike() -> Iterator[None]:
+    """Refuse on all ranks what all of them find in the same config: one then speaks for all."""
     try:
-        return bool(_default_store().check([REFUSED]))
-    except RuntimeError:  # the store is gone with the rank that kept it
-        return False
+        yield
+    except InputError as error:
+        error.on_all_ranks = True
+        raise
+
+
+def _refuse(world: World, error: Exception) -> None:
+    """Leave word to the others, which wait for this rank and lose it."""
+    with suppress(RuntimeError):  # whoever keeps the store may be gone before
+        _default_store().set(f"{REFUSED}/{world.attempt}", "")
+    if not world.is_first:
+        print(f"recsys: rank {world.rank}: {error}", file=sys.stderr)  # noqa: T201  (rank 0 does not know of it)
+
+
+def _lost(world: World, error: RuntimeError) -> int:
+    """Exit status of a rank that has lost another one: 2 where that has told what it refused, and 1 with a line."""
+    with suppress(RuntimeError):
+        if _default_store().check([f"{REFUSED}/{world.attempt}"]):
+            return 2
+    what = " ".join(str(error).split())
+    print(f"recsys: rank {world.rank}: lost another rank ({what[-100:]})", file=sys.stderr)  # noqa: T201
+    return 1
 
 
 def _keep_freed_memory() -> None:
@@ -143,7 +166,9 @@ def on_every(work: Callable[[], T]) -> T:
 
 
 def _for_all(error: Exception) -> Exception:
-    """Mark an error that every rank raises."""
+    """Mark an error that every rank raises; what a disk refuses is bad input, too."""
+    if isinstance(error, OSError):
+        error = InputError(str(error))
     if isinstance(error, InputError):
         error.on_all_ranks = True
     return error

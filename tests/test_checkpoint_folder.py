@@ -82,6 +82,26 @@ def test_a_checkpoint_replaces_one_of_the_same_step(tmp_path: Path) -> None:
     assert checkpoints.read(path).files == {"__0_0.distcp": 5}
 
 
+def test_what_killed_attempts_left_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for name in (".step-00000003.partial", ".step-00000003.before", ".step-x.partial"):
+        (folder / name).mkdir(parents=True)
+    with checkpoints.taken(folder, tmp_path, "one"):
+        pass
+    assert sorted(path.name for path in folder.iterdir()) == [".step-x.partial", checkpoints.OWNER]
+
+
+def test_a_disk_that_stutters_is_no_torn_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, 10)
+
+    def stale(*_: object) -> str:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(Path, "read_text", stale)
+    with pytest.raises(OSError, match="Stale file handle"):
+        checkpoints.newest(tmp_path)
+
+
 def test_metrics_are_added_to_a_whole_checkpoint(tmp_path: Path) -> None:
     path = make(tmp_path, 10)
     checkpoints.add_metrics(path, {"merged": {"ne": 0.5}})
@@ -90,29 +110,29 @@ def test_metrics_are_added_to_a_whole_checkpoint(tmp_path: Path) -> None:
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
-    with checkpoints.taken(tmp_path, "one"):
+    with checkpoints.taken(tmp_path / "checkpoints", tmp_path, "one"):
         pass
     with (
         pytest.raises(InputError, match="holds the checkpoints of another run; name another"),
-        checkpoints.taken(tmp_path, "other"),
+        checkpoints.taken(tmp_path / "checkpoints", tmp_path, "other"),
     ):
         pass
-    with checkpoints.taken(tmp_path, "one"):
+    with checkpoints.taken(tmp_path / "checkpoints", tmp_path, "one"):
         pass
 
 
 def test_two_processes_do_not_train_one_run(tmp_path: Path) -> None:
     with (
-        checkpoints.taken(tmp_path, "one"),
+        checkpoints.taken(tmp_path / "checkpoints", tmp_path, "one"),
         pytest.raises(InputError, match=r"process \d+ trains this run"),
-        checkpoints.taken(tmp_path, "one"),
+        checkpoints.taken(tmp_path / "checkpoints", tmp_path, "one"),
     ):
         pass
 
 
-def test_an_object_store_holds_checkpoints_by_their_mark_alone() -> None:
+def test_an_object_store_holds_checkpoints_by_their_mark_alone(tmp_path: Path) -> None:
     folder = place("memory://checkpoints")
-    with checkpoints.taken(folder, "one"):
+    with checkpoints.taken(folder, tmp_path, "one"):
         first, second = make(folder, 1), make(folder, 2)
         (second / checkpoints.COMPLETE).unlink()
         assert [path.name for path in checkpoints.whole(folder)] == [first.name]

@@ -61,9 +61,9 @@ class GroupedScores:
             ids, lines = _lines(bucket)
             # The first and the last group of a bucket may have rows in others.
             inside = slice(1, max(len(ids) - 1, 1))
-            edges += [(int(ids[at]), bucket.index, lines[at]) for at in sorted({0, len(ids) - 1}) if len(ids)]
+            edges += [(int(ids[at]), bucket.index, lines[at].copy()) for at in sorted({0, len(ids) - 1}) if len(ids)]
             sums[:4] += _added(lines[inside])
-            largest = _largest([*largest, *zip(ids[inside].tolist(), lines[inside], strict=True)])
+            largest = _largest([*largest, *_heaviest(ids[inside], lines[inside])])
         sums[4] = self._num_nan
         if group:
             dist.all_reduce(torch.from_numpy(sums), group=group)
@@ -141,6 +141,16 @@ def _added(lines: np.ndarray) -> np.ndarray:
 
 def _largest(lines: list[tuple[int, Line]]) -> list[tuple[int, Line]]:
     return sorted(lines, key=lambda item: (-item[1][OF_POSITIVE] - item[1][OF_NEGATIVE], item[0]))[:SEGMENTS]
+
+
+def _heaviest(ids: np.ndarray, lines: np.ndarray) -> list[tuple[int, Line]]:
+    """The largest of many groups, with copies of their lines: a view would keep all of them."""
+    weights = lines[:, OF_POSITIVE] + lines[:, OF_NEGATIVE]
+    if len(ids) > SEGMENTS:  # and those that weigh as much as the last of them, between which ids decide
+        kept = np.flatnonzero(weights >= np.partition(weights, -SEGMENTS)[-SEGMENTS])
+        kept = kept[np.lexsort((ids[kept], -weights[kept]))[:SEGMENTS]]
+        ids, lines = ids[kept], lines[kept]
+    return [(int(id_), line.copy()) for id_, line in zip(ids, lines, strict=True)]
 
 
 def _segment(line: Line) -> ClickMetrics:

@@ -67,8 +67,9 @@ class TrainingLog:
 
     def record(self) -> dict[str, Any]:
         """Speed since the last record or restart, and metrics of the window and of all steps; all ranks call it."""
-        seconds = time.perf_counter() - self._since
-        speed = self._throughput.record(self._steps, seconds, self._phases.take()) if self._steps else {}
+        phases = self._phases.take()
+        seconds = time.perf_counter() - self._since - phases.pop("save", 0.0)  # a checkpoint is no part of a step
+        speed = self._throughput.record(self._steps, seconds, phases) if self._steps else {}
         lifetime = self.metrics.lifetime(self._world)
         values = {**speed, "window": self.metrics.window(self._world), "lifetime": lifetime}
         self.restart()

@@ -61,16 +61,24 @@ class Loop:
             steps_per_epoch=trainer.loader.steps_per_epoch,
             minutes=loop.validate_every_minutes,
         )
-        self._saved_step: int | None = None
+        self._saved_step = trainer.step or None  # a run that goes on stands at a checkpoint
         trainer.log.restart()
 
-    def run(self, advance: Callable[..., None]) -> dict[str, ClickMetrics] | None:
+    def run(self, advance: Callable[..., None], *, validate_first: bool = False) -> dict[str, ClickMetrics] | None:
         """Go on to the end; rank 0 gets the metrics of the last validation, the others None.
+
+        Args:
+            advance: shows progress.
+            validate_first: whether a validation that is due where the trainer stands was not finished.
 
         Raises:
             SystemExit: a signal stopped the run; it is saved.
         """
         trainer, loop = self.trainer, self.trainer.config.train
+        if validate_first and trainer.step < trainer.num_steps and self.validation.due(trainer.step):
+            metrics, reason = self._validate()
+            if reason:
+                return self._end_early(metrics, reason)
         batches = itertools.islice(trainer.loader.stream(trainer.step), trainer.num_steps - trainer.step)
         while trainer.step < trainer.num_steps:
             outputs = trainer.train_step(batches)
@@ -88,9 +96,7 @@ class Loop:
             if not is_last and ("validate" in asked or self.validation.due(trainer.step)):
                 metrics, reason = self._validate()
                 if reason:
-                    self._say(f"stopped at step {trainer.step:,} of {trainer.num_steps:,}: {reason}")
-                    self._save(metrics)
-                    return metrics
+                    return self._end_early(metrics, reason)
             if not is_last and ("save" in asked or self.saving.due(trainer.step)):
                 self._save(metrics)
         if self._saved_step != trainer.step:
@@ -98,6 +104,11 @@ class Loop:
         metrics, _ = self._validate()
         if metrics:
             self.saver.validated(trainer.step, {name: asdict(member) for name, member in metrics.items()})
+        return metrics
+
+    def _end_early(self, metrics: dict[str, ClickMetrics] | None, reason: str) -> dict[str, ClickMetrics] | None:
+        self._say(f"stopped at step {self.trainer.step:,} of {self.trainer.num_steps:,}: {reason}")
+        self._save(metrics)
         return metrics
 
     def _asked(self) -> set[Ask]:
@@ -123,7 +134,7 @@ class Loop:
         """Score the validation rows, and keep the merge: metrics on rank 0, and on all ranks why to stop, if so."""
         trainer = self.trainer
         try:
-            with trainer.one_step.swapped():
+            with trainer.one_step.phases("validation"), trainer.one_step.swapped():
                 share = trainer.share(trainer.valid_loader, self._watched)
         except Stopped:
             self._stop()
@@ -160,6 +171,7 @@ class Loop:
     def _save(self, metrics: Mapping[str, ClickMetrics] | None) -> None:
         trainer = self.trainer
         trainer.one_step.guard.check()
+        trainer.check_finite()
         known = {name: asdict(member) for name, member in metrics.items()} if metrics else None
         with self.watch.paused(), trainer.one_step.phases("save"):
             self.saver.save(trainer.step, trainer.state(), [self.folder.config, self.folder.plan], known)

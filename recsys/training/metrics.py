@@ -40,7 +40,9 @@ class TrainingMetrics:
         # the weight of negative and of positive rows by bin.
         self._num_sums = 2 + 2 * len(members)
         size = self._num_sums + len(members) * 2 * BINS
-        self._own, self._window, self._before = (torch.zeros(size, dtype=torch.float64, device=device) for _ in range(3))
+        self._own, self._window, self._before = (
+            torch.zeros(size, dtype=torch.float64, device=device) for _ in range(3)
+        )
         self._kept: list[Outputs] = []
         self._steps = 0
 

@@ -11,7 +11,7 @@ from recsys.config import InputError, load_file, nearest
 from recsys.data.batch import Batch
 from recsys.data.loader import Loader
 from recsys.data.schema import Schema
-from recsys.distributed import World, mean_over_ranks, on_every, on_first
+from recsys.distributed import World, mean_over_ranks, on_all_alike, on_every, on_first
 from recsys.embeddings.config import served_dtype
 from recsys.embeddings.precision import for_inference
 from recsys.embeddings.quantised import TableBytes, quantise_tables
@@ -49,6 +49,12 @@ class Predictor:
         members: Sequence[str] | None = None,
         data: Path | None = None,
         batch_size: int | None = None,
+    ) -> None:
+        with on_all_alike():  # what one rank alone lacks is agreed on in there
+            self._build(path, world, members, data, batch_size)
+
+    def _build(
+        self, path: Path, world: World, members: Sequence[str] | None, data: Path | None, batch_size: int | None
     ) -> None:
         self.world = world
         self.run = RunFolder.existing(path)

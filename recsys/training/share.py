@@ -72,7 +72,7 @@ class Share:
     def clicks(self) -> float:
         """How many rows of all ranks have label 1; all call it."""
         mine = ((self.labels_N > 0) & (self.weights_N > 0)).sum().double()
-        return float(mean_over_ranks(mine)) * dist.get_world_size()
+        return float(round(float(mean_over_ranks(mine)) * dist.get_world_size()))
 
     def _parts(self) -> Iterator[slice]:
         for begin in range(0, len(self.labels_N), CHUNK_ROWS):

@@ -50,8 +50,6 @@ class Step:
     ) -> None:
         self.task, self.optimizer = task, optimizer
         self.phases = Phases()
-        if config.train.deterministic:
-            be_deterministic()
         if config.train.pipeline == "semi_sync" and config.guard.action != "stop":
             raise InputError(
                 f"--guard.action {config.guard.action}: semi_sync has looked up the next batch by then, and updates "

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torchrec.distributed.model_parallel import DMPCollection
 
 from recsys.config import InputError
 from recsys.data.batch import Batch
 from recsys.data.loader import Loader
 from recsys.data.schema import Schema
-from recsys.distributed import World, on_every, on_first
+from recsys.distributed import World, on_all_alike, on_every, on_first
 from recsys.embeddings.dynamic_rows import connect
 from recsys.embeddings.init import init_tables
 from recsys.progress import progress
@@ -34,7 +35,7 @@ from recsys.training.predictions import Predictions
 from recsys.training.profile import profiler
 from recsys.training.sharded import held_out, loader, shard
 from recsys.training.share import Share, predict_share
-from recsys.training.step import Step
+from recsys.training.step import Step, be_deterministic
 from recsys.training.stopping import EarlyStopping
 from recsys.training.watch import Watch
 from recsys.training.workload import dense_flops
@@ -46,6 +47,8 @@ class Trainer:
     def __init__(self, config: TrainConfig, world: World) -> None:
         self.config, self.world = config, world
         loop = config.train
+        if loop.deterministic:
+            be_deterministic()  # before anything is multiplied, which is when CUDA's libraries ask
         self.schema, self.loader = on_every(lambda: (Schema.load(config.data), loader(config, "train", world)))
         self.valid_loader = held_out(config, "valid", world)
         self.specs = config.specs()
@@ -72,26 +75,35 @@ class Trainer:
         """
         config, world = self.config, self.world
         on_first(config.sinks.check)
-        run, newest = on_first(lambda: open_run(config, self.schema, self.num_steps))
+        opened = on_first(lambda: open_run(config, self.schema, self.num_steps, world))
+        run, newest = opened.run, opened.newest
+        if opened.is_complete:
+            return None
         with ExitStack() as held:
-            on_first(lambda: held.enter_context(checkpoints.taken(config.checkpoint_folder, run.id)))
+            on_first(lambda: held.enter_context(checkpoints.taken(config.checkpoint_folder, run.path, run.id)))
             if newest:
                 self.load(newest)
-                if reason := self.stopping.reason():
-                    raise InputError(f"{config.out}: the run stopped at step {self.step}: {reason}; evaluate it")
+                with on_all_alike():
+                    if reason := self.stopping.reason():
+                        raise InputError(f"{config.out}: the run stopped at step {self.step}: {reason}; evaluate it")
             elif config.warm_start.path:
-                warm = warm_start(config.warm_start, self.task, self.optimizer)
+                with on_all_alike():
+                    warm = warm_start(config.warm_start, self.task, self.optimizer)
+                if self.one_step.ema:
+                    self.one_step.ema.restart()
                 if world.is_first:
                     warm.save(config.out / "warm_start.json")
                     print(f"recsys: {warm}", file=sys.stderr)  # noqa: T201
             if world.is_first:
+                if not newest:
+                    run.data.unlink(missing_ok=True)  # of an attempt that came to nothing
                 run.describe(replace(config, resume="never"), self.schema, self.plan)
             control = Control(world, config.checkpoints.grace_s)
             watch = Watch(world, self.one_step.phases, config.train.hang_timeout_s)
-            saver = Saver(config.checkpoint_folder, config.checkpoints, world, lambda: control.ask("failed"))
-            held.callback(saver.close)
             held.enter_context(control.listening())
             held.enter_context(watch.watching())
+            saver = Saver(config.checkpoint_folder, config.checkpoints, world, lambda: control.ask("failed"))
+            held.callback(saver.close)
             rows = self.num_steps * config.train.batch_size
             advance = held.enter_context(progress("train", total=rows, unit="rows", show=world.is_first))
             write = held.enter_context(run.writer(self.step, world.is_first, config.sinks))
@@ -100,7 +112,8 @@ class Trainer:
             write("data", self.step, tail)
             advance(self.step * config.train.batch_size)
             profile = held.enter_context(profiler(config.profile, config.out, world))
-            return Loop(self, run, control, watch, saver, write, profile).run(advance)
+            loop = Loop(self, run, control, watch, saver, write, profile)
+            return loop.run(advance, validate_first=not opened.is_validated)
 
     def train_step(self, batches: Iterator[Batch]) -> Outputs:
         """One forward, backward and update."""
@@ -134,8 +147,24 @@ class Trainer:
         return predict_share(self.task, names, watched(batches) if watched else batches, self.world.device)
 
     def state(self) -> dict[str, Any]:
-        """All that the run needs to go on from here."""
+        """All that the run needs to go on from here; copies of the tables (2-D parallelism) become equal."""
+        if isinstance(self.task, DMPCollection):
+            self.task.sync()
         return state_of(self.task, self.optimizer, self.step, self._extra())
+
+    def check_finite(self) -> None:
+        """See that the last update left the dense layers whole; the loss before it says nothing of that.
+
+        Raises:
+            InputError: on all ranks, naming a parameter.
+        """
+        for name, param in self.optimizer.dense.items():
+            if not param.isfinite().all():
+                with on_all_alike():  # they are replicas
+                    raise InputError(
+                        f"parameter {name} is no number after step {self.step}; begin a new run with a lower "
+                        f"--optimizer.dense-lr ({self.config.optimizer.dense_lr})"
+                    )
 
     def load(self, path: Path) -> None:
         """Load a checkpoint and go on at its step."""

@@ -1,10 +1,12 @@
 """Checkpoints: written while training goes on, read under other plans and on other ranks, with all that a run needs."""
 
 import dataclasses
+import io
 import json
 import re
 import resource
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -22,8 +24,9 @@ from recsys.sharding.workload import OptimizerKind
 from recsys.training.checkpoint import folder as checkpoints
 from recsys.training.checkpoint import saver as saving
 from recsys.training.checkpoint.config import CheckpointConfig, WarmStartConfig
+from recsys.training.checkpoint.load import names_in
 from recsys.training.checkpoint.saver import Saver, save_once
-from recsys.training.checkpoint.warm_start import warm_start
+from recsys.training.checkpoint.warm_start import _there, warm_start
 from recsys.training.config import TrainConfig
 from recsys.training.trainer import Trainer
 from tests.distributed.jobs import on_ranks, small_config
@@ -183,7 +186,70 @@ def test_metrics_reach_a_checkpoint_that_is_being_written(world: World, tmp_path
     assert checkpoints.read(tmp_path / "step-00000001").metrics == {"merged": {"ne": 0.7}}
 
 
+def test_a_checkpoint_outlives_the_failure_to_remove_another(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*_: Any) -> None:
+        raise OSError("no right to remove")
+
+    monkeypatch.setattr(checkpoints, "prune", refused)
+    for folder in (tmp_path / "disk", place("memory://refused")):
+        saver = Saver(folder, CheckpointConfig(write="sync"), world)
+        saver.save(1, {"step": torch.tensor(1)}, [])
+        saver.close()
+        assert checkpoints.newest(folder) is not None
+    assert capfd.readouterr().err.count("cannot remove old checkpoints (no right to remove)") == 2
+
+
+def test_what_another_machine_s_disk_holds_is_missed(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = saving.dcp.save
+
+    def elsewhere(*arguments: Any, **options: Any) -> None:
+        write(*arguments, **options)
+        next((tmp_path / ".step-00000001.partial").glob("*.distcp")).unlink()
+
+    monkeypatch.setattr(saving.dcp, "save", elsewhere)
+    saver = Saver(tmp_path, CheckpointConfig(write="sync"), world)
+    with pytest.raises(InputError, match="on a disk that all machines share"):
+        saver.save(1, {"step": torch.tensor(1)}, [])
+    saver.close()
+    assert not list(tmp_path.iterdir())
+
+
 # ---- where there is no room
+
+
+def _with_room(limit: int, out: Path) -> None:
+    """Save where a file may have `limit` bytes."""
+    sys.stderr = io.StringIO()  # which may be a file, too
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with process_group() as world:
+        saver = Saver(out, CheckpointConfig(write="sync"), world)
+        saver.save(1, {"a": torch.zeros(3000), "b": torch.zeros(3000)}, [])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            saver.save(2, {"a": torch.zeros(3000), "b": torch.zeros(3000)}, [])
+        except InputError as error:
+            told = str(error)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        saver.close()
+    (out / f"told-{limit}").write_text(told)
+
+
+def test_wherever_a_disk_is_full_it_is_one_line(tmp_path: Path) -> None:
+    """torch.save says so in other ways at other places."""
+    context = torch.multiprocessing.get_context("spawn")
+    limits = range(100, 24_000, 3_400)
+    for limit in limits:
+        process = context.Process(target=_with_room, args=(limit, tmp_path))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        assert "rank 0 cannot write the checkpoint" in (tmp_path / f"told-{limit}").read_text()
+    assert checkpoints.whole(tmp_path) == [tmp_path / "step-00000001"]
 
 
 def _fill_the_disk(world: World, config: TrainConfig, out: Path) -> None:
@@ -216,10 +282,27 @@ def test_a_full_disk_ends_the_run_in_one_line_and_leaves_the_newest_whole_checkp
     assert "step-00000008: rank 1 cannot write the checkpoint (File too large); make room" in told[0]
     assert capfd.readouterr().err.count("cannot write the checkpoint") == 1
     names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert names == {"step-00000004", ".lock", checkpoints.OWNER}
+    assert names == {"step-00000004", checkpoints.OWNER}
 
 
 # ---- elsewhere, and from elsewhere
+
+
+def test_a_run_does_not_begin_anew_beside_its_checkpoints(prepared: Path, world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    config = small_config(
+        prepared, out=tmp_path / "run", members=("dcnv2",), num_steps=2, checkpoints=CheckpointConfig(folder=folder)
+    )
+    Trainer(config, world).train()
+    forgotten = dataclasses.replace(config, resume="auto", checkpoints=CheckpointConfig())
+    with pytest.raises(InputError, match=f"checkpoints are in {folder}; name it by --checkpoints.folder"):
+        Trainer(forgotten, world).train()
+
+
+def test_damaged_names_are_told_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(b"no pickle")
+    with pytest.raises(InputError, match="cannot read what is in the checkpoint"):
+        names_in(tmp_path)
 
 
 def test_checkpoints_go_to_an_object_store(prepared: Path, world: World, tmp_path: Path) -> None:
@@ -283,6 +366,35 @@ def test_a_warm_start_maps_names_and_is_told_in_a_line(
     Trainer(config, world).train()
     assert "tensors loaded, none stays fresh" in capfd.readouterr().err
     assert not json.loads((config.out / "warm_start.json").read_text())["fresh"]
+
+
+def test_several_members_start_as_one_and_so_do_their_averages(
+    source: TrainConfig, world: World, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(
+        source,
+        out=tmp_path / "run",
+        members=("dcnv2", "dcnv2:name=mine", "dcnv2:name=yours"),
+        optimizer=dataclasses.replace(source.optimizer, ema_decay=0.999),
+        train=dataclasses.replace(source.train, num_steps=1),
+        warm_start=WarmStartConfig(path=source.out, names=("mine=dcnv2", "yours=dcnv2", "dcnv2=dcnv2")),
+    )
+    trainer = Trainer(config, world)
+    trainer.train()
+    assert json.loads((config.out / "warm_start.json").read_text())["fresh"] == {}
+    predictions = trainer.predict(trainer.valid_loader)
+    assert predictions is not None
+    one, *others = predictions.logits_NM.T
+    assert all(np.abs(one - other).max() < 0.1 * one.std() for other in others)
+    expected = torch.load(_flat(source.out / "checkpoints" / "step-00000005"))
+    assert trainer.one_step.ema is not None
+    for name, average in trainer.one_step.ema.state().items():
+        there = expected[f"model.{name}".replace("mine", "dcnv2").replace("yours", "dcnv2")]
+        torch.testing.assert_close(average, there, atol=1e-4, rtol=0)
+
+
+def test_names_are_mapped_at_once() -> None:
+    assert _there("model.a.b/C1.weight", ("a=b", "b=a")) == "model.b.a/C1.weight"
 
 
 def test_a_table_of_another_size_stays_fresh(source: TrainConfig, world: World) -> None:

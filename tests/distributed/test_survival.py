@@ -109,6 +109,35 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(prepared: Path, tmp_path: 
     assert losses[0] == losses[1]
 
 
+def test_a_validation_that_was_cut_short_is_made_up_for(prepared: Path, tmp_path: Path) -> None:
+    whole = small_config(
+        prepared, out=tmp_path / "whole", members=("dcnv2",), num_steps=9, validate_every=3, patience=5
+    )
+    config = dataclasses.replace(whole, out=tmp_path / "stopped", resume="auto")
+    with process_group() as world:
+        torch.set_num_threads(1)
+        Trainer(whole, world).train()
+        trainer = Trainer(config, world)
+        once = trainer.valid_loader.once
+
+        def signalled() -> Any:
+            if trainer.step == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return once()
+
+        trainer.valid_loader.once = signalled  # type: ignore[method-assign]
+        with pytest.raises(SystemExit, match="143"):
+            trainer.train()
+        resumed = Trainer(config, world)
+        resumed.train()
+    records = [
+        [json.loads(line) for line in lines if '"kind": "valid"' in line]
+        for lines in ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "stopped"))
+    ]
+    assert [record["step"] for record in records[0]] == [3, 6, 9]
+    assert records[0] == records[1]
+
+
 def _cannot_save(world: World, config: TrainConfig) -> None:
     trainer = Trainer(config, world)
     step = trainer.train_step

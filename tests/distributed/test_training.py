@@ -232,6 +232,13 @@ def test_a_loss_that_is_no_number_stops_the_run(prepared: Path, world: World, tm
     assert not list((tmp_path / "run").glob("checkpoints/*step*"))
 
 
+def test_a_model_that_an_update_has_ruined_is_not_saved(prepared: Path, world: World, tmp_path: Path) -> None:
+    config = small_config(prepared, out=tmp_path / "run", members=("dcnv2",), dense_lr=3e38, save_every=1)
+    with pytest.raises(InputError, match=r"parameter \S+ is no number after step 1; begin a new run with a lower"):
+        Trainer(config, world).train()
+    assert not list((tmp_path / "run").glob("checkpoints/*step*"))
+
+
 def test_held_out_rows_are_looked_for_before_the_first_step(prepared: Path, world: World, tmp_path: Path) -> None:
     shutil.copytree(prepared, tmp_path / "data")
     shutil.rmtree(tmp_path / "data" / "valid")

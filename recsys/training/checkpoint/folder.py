@@ -22,6 +22,7 @@ from recsys.training.checkpoint.config import CheckpointConfig
 
 COMPLETE, OWNER = "complete.json", "owner.json"
 NAME = re.compile(r"step-(\d+)")
+_LEFT = re.compile(r"\.step-\d+\.(partial|before)")
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,13 @@ def complete(partial: Path, path: Path, saved: Saved) -> None:
     """Give a checkpoint of which all is written its mark and its name."""
     files = {file.name: file.stat().st_size for file in partial.iterdir()}
     replace(saved, files=files).write(partial)
-    if partial != path:
-        _remove(path)
-        partial.rename(path)
+    if partial == path:
+        return
+    before = path.with_name(f".{path.name}.before")
+    if path.exists():  # aside, so that one of the two is there whatever happens
+        path.rename(before)
+    partial.rename(path)
+    discard(before)
 
 
 def partial_of(path: Path) -> Path:
@@ -135,42 +140,47 @@ def superfluous(checkpoints: Sequence[Saved], config: CheckpointConfig) -> list[
 
 
 @contextmanager
-def taken(folder: Path, run_id: str) -> Iterator[None]:
-    """Hold a folder for the checkpoints of a run while it trains.
+def taken(folder: Path, run: Path, run_id: str) -> Iterator[None]:
+    """Hold a run, and a folder for its checkpoints, while it trains.
+
+    Args:
+        folder: of the checkpoints.
+        run: the run folder, on a disk.
+        run_id: what tells the run from others.
 
     Raises:
-        InputError: it holds those of another run, or another process trains this one.
+        InputError: the folder holds the checkpoints of another run, or another process trains this one.
     """
-    owner = folder / OWNER
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        found = json.loads(owner.read_text()).get("run") if owner.exists() else run_id
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{owner}: cannot tell whose checkpoints these are ({error})") from None
-    if found != run_id:
-        raise InputError(
-            f"{folder}: holds the checkpoints of another run; name another --checkpoints.folder, or they would "
-            "remove one another's"
-        )
-    if not owner.exists():
-        write_whole(owner, json.dumps({"run": run_id}) + "\n")
-    with _locked(folder):
+    with _locked(run):
+        owner = folder / OWNER
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            found = json.loads(owner.read_text()).get("run") if owner.exists() else run_id
+        except (OSError, ValueError, AttributeError) as error:
+            raise InputError(f"{owner}: cannot tell whose checkpoints these are ({error})") from None
+        if found != run_id:
+            raise InputError(
+                f"{folder}: holds the checkpoints of another run; name another --checkpoints.folder, or they would "
+                "remove one another's"
+            )
+        if not owner.exists():
+            write_whole(owner, json.dumps({"run": run_id}) + "\n")
+        for path in folder.iterdir():
+            if _LEFT.fullmatch(path.name):  # by attempts that were killed while they wrote
+                discard(path)
         yield
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lock a local folder; the system unlocks it when this process is gone, however it goes."""
-    if not is_local(folder):
-        yield
-        return
-    with (folder / ".lock").open("a+") as file:
+def _locked(run: Path) -> Iterator[None]:
+    """Lock a run folder; the system unlocks it when this process is gone, however it goes."""
+    with (run / ".lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
             raise InputError(
-                f"{folder}: {file.read().strip() or 'another process'} trains this run; wait for it, or stop it"
+                f"{run}: {file.read().strip() or 'another process'} trains this run; wait for it, or stop it"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()}")
@@ -183,7 +193,7 @@ def _is_whole(path: Path) -> bool:
     try:
         files: dict[str, Any] = json.loads((path / COMPLETE).read_text())["files"]
         return all((path / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return False
 
 

@@ -100,8 +100,15 @@ def reader(path: Path) -> FileSystemReader:
 
 
 def names_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """The tensors of a checkpoint, with their shapes."""
-    entries = reader(path).read_metadata().state_dict_metadata
+    """The tensors of a checkpoint, with their shapes.
+
+    Raises:
+        InputError: its list of them is damaged.
+    """
+    try:
+        entries = reader(path).read_metadata().state_dict_metadata
+    except Exception as error:  # unpickling what is damaged raises anything
+        raise InputError(f"{path}: cannot read what is in the checkpoint ({error}); remove it") from None
     return {name: tuple(entry.size) for name, entry in entries.items() if hasattr(entry, "size")}
 
 

@@ -1,5 +1,6 @@
 """Writing checkpoints, in a thread of its own while training goes on."""
 
+import functools
 import sys
 import threading
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemWriter
@@ -22,12 +24,14 @@ from recsys.training.checkpoint import folder as folders
 from recsys.training.checkpoint.chunks import in_chunks
 from recsys.training.checkpoint.config import CheckpointConfig
 from recsys.training.checkpoint.folder import Saved
+from recsys.training.checkpoint.load import reader
 from recsys.training.checkpoint.staging import Stager, local_bytes
 
 Metrics = dict[str, dict[str, float]]
 
 FREE_SHARE = 0.8
-"""Of the machine's free memory, that a copy may take."""
+"""Of the free memory, that a copy may take."""
+CGROUP = Path("/sys/fs/cgroup")
 
 
 class Saver:
@@ -47,7 +51,9 @@ class Saver:
         self._on_failure = on_failure
         # Its thread must not come between the collectives of the training thread.
         self._group = dist.new_group(backend="gloo")
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        # Nor does a thread have the device of another.
+        begin = functools.partial(torch.cuda.set_device, world.device) if world.device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=begin)
         self._stager = Stager()
         self._writing: Future[None] | None = None
         self._lock = threading.Lock()  # over the mark of the checkpoint that is being finished
@@ -112,7 +118,8 @@ class Saver:
     def _may_copy(self, state: Mapping[str, Any]) -> bool:
         if self.config.write != "auto":
             return self.config.write == "async"
-        return local_bytes(state) * self.world.local_size < FREE_SHARE * psutil.virtual_memory().available
+        needed = local_bytes(state) - self._stager.held_bytes
+        return needed * self.world.local_size < FREE_SHARE * free_memory()
 
     def _begin(self, path: Path) -> None:
         try:
@@ -125,45 +132,71 @@ class Saver:
         """Write this rank's part; rank 0 makes the checkpoint whole when all have."""
         partial = folders.partial_of(path)
         error: Exception | None = None
+        is_whole = False
         try:
             writer = FileSystemWriter(str(partial)) if is_local(path) else FsspecWriter(str(partial))
             dcp.save(state, storage_writer=writer, process_group=self._group)
             if self.world.is_first:
                 self._complete(partial, path, files)
+            is_whole = True
         except CheckpointException as failure:
             rank, (cause, _) = next(iter(failure.failures.items()))
             error = _told(path, rank, cause)
-        except OSError as cause:
-            error = _told(path, self.world.rank, cause)
         except Exception as cause:
-            error = cause
+            error = _told(path, self.world.rank, cause)
         found: list[Exception | None] = [None] * self.world.size
         dist.all_gather_object(found, error, group=self._group)
         error = next((one for one in found if one is not None), None)
         if error is not None:
             if self.world.is_first:
-                folders.discard(partial)
+                if not is_whole:
+                    folders.discard(partial)
                 print(f"recsys: {error}", file=sys.stderr, flush=True)  # noqa: T201  (the run may not notice for long)
             raise error
 
     def _complete(self, partial: Path, path: Path, files: Sequence[Path]) -> None:
         for file in files:
             (partial / file.name).write_bytes(file.read_bytes())
+        parts = {place.relative_path for place in reader(partial).read_metadata().storage_data.values()}
+        if missing := sorted(part for part in parts if not (partial / part).exists()):
+            raise InputError(
+                f"{self.folder}: rank 0 does not find what another rank wrote there ({missing[0]}); name a "
+                "--checkpoints.folder on a disk that all machines share, or on an object store"
+            )
         with self._lock:
             step = folders.step_of(path)
             saved = Saved(step=step, saved_at=time.time(), files={}, metrics=self._metrics.pop(step, None))
             folders.complete(partial, path, saved)
-            folders.prune(self.folder, self.config)
+            try:
+                folders.prune(self.folder, self.config)
+            except OSError as error:  # it is tried again next time
+                print(f"recsys: {self.folder}: cannot remove old checkpoints ({error})", file=sys.stderr)  # noqa: T201
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: of the machine, and of its control group, if that has a limit."""
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:  # no control groups, or of the first version
+        return free
+    return free if limit == "max" else min(free, int(limit) - int(used))
 
 
 def _told(path: Path, rank: int, cause: BaseException) -> Exception:
     """An error of the disk or the network as one line, which all ranks raise; others are ours."""
-    if not isinstance(cause, OSError):
+    # torch.save says of a disk that took less than it was given that it stands at an unexpected position.
+    is_short = isinstance(cause, RuntimeError) and "inline_container" in str(cause)
+    if isinstance(cause, InputError):
+        error = cause
+    elif is_short or isinstance(cause, OSError):
+        why = "the disk took only a part" if is_short else getattr(cause, "strerror", None) or cause
+        error = InputError(
+            f"{path}: rank {rank} cannot write the checkpoint ({why}); make room, and go on from the newest whole one "
+            "by --resume auto"
+        )
+    else:
         return cause if isinstance(cause, Exception) else RuntimeError(str(cause))
-    error = InputError(
-        f"{path}: rank {rank} cannot write the checkpoint ({cause.strerror or cause}); make room, and go on from the "
-        "newest whole one by --resume auto"
-    )
     error.on_all_ranks = True
     return error
 

@@ -20,6 +20,11 @@ class Stager:
     def __init__(self) -> None:
         self._pinned: dict[str, Tensor] = {}
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of pinned memory that are kept."""
+        return sum(pinned.nbytes for pinned in self._pinned.values())
+
     @torch.no_grad()
     def stage(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Copy all tensors of a nested state; on return, the state may change."""

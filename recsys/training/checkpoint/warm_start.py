@@ -15,6 +15,7 @@ from recsys.training.checkpoint.config import WarmStartConfig
 from recsys.training.checkpoint.load import names_in, read_into
 from recsys.training.checkpoint.state import put, state_of
 from recsys.training.optim import Optimizer
+from recsys.training.run import RunFolder
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def warm_start(config: WarmStartConfig, model: DistributedModelParallel, optimiz
     shapes = names_in(path)
     state = state_of(model, optimizer if config.optimizer else None)
     del state["step"]
-    part: dict[str, Any] = {}
+    rounds: list[dict[str, Any]] = []  # several of ours may begin as one of theirs
     loaded, fresh = [], {}
     for name, value in _tensors(state, ""):
         there = _there(name, config.names)
@@ -59,17 +60,20 @@ def warm_start(config: WarmStartConfig, model: DistributedModelParallel, optimiz
         elif shapes[there] != shape:
             fresh[name] = f"of shape {list(shapes[there])} there, {list(shape)} here"
         else:
-            part[there] = value
+            if all(there in part for part in rounds):
+                rounds.append({})
+            next(part for part in rounds if there not in part)[there] = value
             loaded.append(name)
-    if not part:
+    if not rounds:
         raise InputError(
             f"--warm-start.path {path}: none of its tensors has name and shape of one of ours ({next(iter(fresh))}: "
             f"{next(iter(fresh.values()))}); map names by --warm-start.names HERE=THERE"
         )
-    read_into(part, path)
+    for part in rounds:
+        read_into(part, path)
     put({**state, "step": 0}, model, optimizer if config.optimizer else None)
     prefixes = ("model.", "optimizer.") if config.optimizer else ("model.",)
-    skipped = [name for name in shapes if name.startswith(prefixes) and name not in part]
+    skipped = [name for name in shapes if name.startswith(prefixes) and name not in rounds[0]]
     return WarmStart(str(path), loaded, fresh, skipped)
 
 
@@ -81,7 +85,7 @@ def found(path: Path) -> Path:
     """
     if (path / checkpoints.COMPLETE).exists():
         return path
-    newest = checkpoints.newest(path) or checkpoints.newest(path / "checkpoints")
+    newest = checkpoints.newest(RunFolder(path).checkpoints) or checkpoints.newest(path)
     if newest is None:
         raise InputError(f"--warm-start.path {path}: no whole checkpoint there; name one, or a run folder that has one")
     return newest
@@ -97,7 +101,8 @@ def _tensors(state: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]
 
 
 def _there(name: str, names: tuple[str, ...]) -> str:
-    for text in names:
-        here, there = text.split("=")
-        name = re.sub(rf"(?<![\w:]){re.escape(here)}(?![\w:])", there, name)
-    return name
+    if not names:
+        return name
+    by_here = dict(text.split("=") for text in names)
+    heres = "|".join(map(re.escape, by_here))
+    return re.sub(rf"(?<![\w:])(?:{heres})(?![\w:])", lambda match: by_here[match[0]], name)
