@@ -9,11 +9,9 @@ from torchx import specs
 from torchx.components import dist
 
 # A restarted worker over gloo must not read the addresses of the attempt before from the agent's store.
-ENVIRONMENT = {
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    # torchrun hands these on to its ranks, which save; SIGUSR1 is not among its own.
-    "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-}
+ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+# torchrun hands these on to its ranks, which save; SIGUSR1 is not among its own.
+SIGNALS = "--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 IMAGE = "recsys:latest"
 
 
@@ -63,7 +61,11 @@ def train(  # noqa: PLR0913  (the flags of a torchx component are its arguments)
         rdzv_port=rdzv_port,
         mounts=mounts,
     )
-    app.roles[0].name = "train"
+    (role,) = app.roles
+    role.name = "train"
+    # An option, and no variable PET_SIGNALS_TO_HANDLE: Slurm's srun splits values of variables at their commas.
+    program, options = role.args[-1].split(" ", maxsplit=1)  # of bash -c "torchrun ..."
+    role.args[-1] = f"{program} {SIGNALS} {options}"
     return app
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-_SHAPE = re.compile(r"(?:(?P<least>\d+):)?(?P<nodes>\d+)(?:x(?P<ranks>\d+))?")
+_SHAPE = re.compile(r"(?:(?P<least>\d+):)?(?P<nodes>\d+)x(?P<ranks>\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class LaunchConfig:
             if self.verb != "train":
                 raise ValueError(f"-j {self.shape}: {self.verb} is one process; leave -j out")
             match = _SHAPE.fullmatch(self.shape)
-            if not match or not 1 <= int(match["least"] or 1) <= int(match["nodes"]) or match["ranks"] == "0":
+            if not match or not 1 <= int(match["least"] or 1) <= int(match["nodes"]) or int(match["ranks"]) < 1:
                 raise ValueError(f"-j {self.shape!r} is no shape; write NODESxRANKS (4x8) or LEAST:MOSTxRANKS (1:4x8)")
         for name, given, least in (
             ("cpu", self.cpu, 1),

@@ -113,6 +113,12 @@ def _app(config: LaunchConfig, job: Job, scheduler: str, defaults: Mapping[str, 
         raise InputError(f"launch {config.verb}: {error.args[0]}") from None
     if scheduler in SHARED:
         _add_path(app)
+    for name, value in app.roles[0].env.items() if scheduler == "slurm" else ():
+        if "," in value:
+            raise InputError(
+                f"--env {name}={value}: srun splits values at commas; export {name} here instead, since Slurm hands on "
+                "the environment of the launch"
+            )
     return app
 
 

@@ -14,6 +14,9 @@ SHARED = ("local_cwd", "slurm")
 MOUNTED = "local_docker"
 """The scheduler whose containers run on this machine, and see what they are told to."""
 
+WRITTEN = ("out", "work", "checkpoints.folder", "sinks.mlperf")
+"""Options whose places a job writes to; it reads the others."""
+
 _CONFIG_FILES = (".json", ".yaml", ".yml")
 
 
@@ -44,24 +47,34 @@ def fill(job: Job, scheduler: str) -> Filled:
     """
     arguments = list(job.arguments)
     found = list(_local(job.config, ""))
+    at = 1 if job.verb == "study" else 0
+    recipe = Path(arguments[at]) if arguments[at].endswith(_CONFIG_FILES) else None
     if scheduler not in (*SHARED, MOUNTED):
+        if recipe and not recipe.is_absolute():
+            raise _elsewhere(f"the file {recipe}", scheduler, "give")
         for name, path in found:
             if not path.is_absolute():
-                raise InputError(
-                    f"{_option(name)} {path} is relative to this machine's folder, which the nodes of {scheduler} do "
-                    "not have; give a URL, or the absolute path that it has there (--mounts)"
-                )
+                raise _elsewhere(f"{_option(name)} {path}", scheduler, "give a URL, or")
         return Filled(arguments, [])
-    recipe = 1 if job.verb == "study" else 0
     read: list[Path] = []
-    if arguments[recipe].endswith(_CONFIG_FILES):
-        read.append(Path(arguments[recipe]).absolute())
-        arguments[recipe] = str(read[0])
+    if recipe:
+        read.append(recipe.absolute())
+        arguments[at] = str(read[0])
     written: list[Path] = []
     for name, path in found:
-        _put(arguments, name, path)
-        (written if name == "out" else read).append(path.absolute())
+        if name == "paths":
+            _put_raw(arguments, job.config, path)
+        else:
+            _put(arguments, name, path)
+        (written if name in WRITTEN else read).append(path.absolute())
     return Filled(arguments, _mounts(read, written) if scheduler == MOUNTED else [])
+
+
+def _elsewhere(what: str, scheduler: str, mend: str) -> InputError:
+    return InputError(
+        f"{what} is relative to this machine's folder, which the nodes of {scheduler} do not have; {mend} the absolute "
+        "path that it has there (--mounts)"
+    )
 
 
 def _local(config: Any, prefix: str) -> Iterator[tuple[str, Path]]:
@@ -71,7 +84,7 @@ def _local(config: Any, prefix: str) -> Iterator[tuple[str, Path]]:
         if dataclasses.is_dataclass(value):
             yield from _local(value, f"{name}.")
         for path in value if isinstance(value, tuple) else (value,):
-            if isinstance(path, Path) and is_local(path):
+            if isinstance(path, Path) and is_local(path) and str(path) != "-":  # stdout
                 yield name, path
 
 
@@ -93,12 +106,19 @@ def _put(arguments: list[str], name: str, path: Path) -> None:
                 if Path(arguments[later]) == path:
                     arguments[later] = absolute
                     return
-    if name == "paths":  # the raw files of `prepare`, which no option names
-        for at, argument in enumerate(arguments[1:], start=1):
-            if Path(argument) == path and not arguments[at - 1].startswith("--"):
-                arguments[at] = absolute
-                return
     arguments += [_option(name), absolute]
+
+
+def _put_raw(arguments: list[str], config: Any, path: Path) -> None:
+    """Make one of the raw files of `prepare` absolute, which no option names."""
+    flags = {_option(field.name) for field in dataclasses.fields(config) if field.type is bool}
+    flags |= {flag.replace("--", "--no-", 1) for flag in flags}
+    for at, argument in enumerate(arguments[1:], start=1):
+        before = arguments[at - 1].replace("_", "-")
+        is_value = before.startswith("--") and "=" not in before and before not in flags
+        if Path(argument) == path and not is_value:
+            arguments[at] = str(path.absolute())
+            return
 
 
 def _mounts(read: Sequence[Path], written: Sequence[Path]) -> list[str]:

@@ -1,6 +1,6 @@
 """Configs, field by field, where they differ."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from recsys.config import dump
@@ -21,12 +21,14 @@ def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield prefix, "none" if values is None else str(values)
 
 
-def differences(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Fields in which configs differ, and what each has there; empty where it lacks the field."""
+def differences(
+    configs: Sequence[Mapping[str, Any]], left_out: Collection[str] = OF_THE_PLACE
+) -> list[tuple[str, list[str]]]:
+    """Fields but those left out in which configs differ, and what each has there; empty where it lacks the field."""
     flat = [dict(leaves(config)) for config in configs]
     names = dict.fromkeys(name for values in flat for name in values)
     rows = [(name, [values.get(name, "") for values in flat]) for name in names]
-    return [(name, values) for name, values in rows if len(set(values)) > 1 and name not in OF_THE_PLACE]
+    return [(name, values) for name, values in rows if len(set(values)) > 1 and name not in left_out]
 
 
 def from_nearest_recipe(config: Mapping[str, Any]) -> tuple[str, list[tuple[str, list[str]]]]:

@@ -15,6 +15,8 @@ DPI = 120
 # The palette of Okabe & Ito (2008), which the colour-blind can tell apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 BLACK = "#000000"
+# Bars take its yellow too, which is too pale for lines, and grey.
+FILLS = (*COLOURS, "#f0e442", "#999999")
 METRICS = {"logloss": "logloss, nats", "ne": "normalised entropy", "auc": "AUC"}
 
 
@@ -70,6 +72,7 @@ def _calibration(runs: Sequence[Run]) -> Figure | None:
     lines = []
     for run, member, label, colour in _lines(runs):
         bins = run.valid[-1].get(member, {}).get("reliability", []) if run.valid else []
+        bins = [of_bin for of_bin in bins if None not in of_bin]  # null is NaN
         if bins:
             lines.append(([p for p, _, _ in bins], [y for _, y, _ in bins], label, colour))
     if not lines:
@@ -129,7 +132,7 @@ def _bars(axes: Axes, runs: Sequence[Run], phases: Sequence[Mapping[str, float]]
     left = [0.0] * len(runs)
     for index, phase in enumerate(ordered):
         widths = [each.get(phase, 0.0) for each in phases]
-        axes.barh(names, widths, left=left, color=COLOURS[index % len(COLOURS)], label=phase, height=0.5)
+        axes.barh(names, widths, left=left, color=FILLS[index % len(FILLS)], label=phase, height=0.5)
         left = [so_far + width for so_far, width in zip(left, widths, strict=True)]
     axes.set_ylim(max(len(runs), 3) - 0.5, -0.5)
     axes.set_title("a step by phase, ms", fontsize=10)

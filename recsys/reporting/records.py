@@ -1,14 +1,15 @@
 """What a run folder tells of a run, finished or not."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from recsys.config import InputError, read_values
+from recsys.training.mlperf import LAST
 from recsys.training.run import RunFolder
-from recsys.training.sinks import METRICS, whole_lines
+from recsys.training.sinks import METRICS, parsed
 
 MERGED = "merged"
 Record = Mapping[str, Any]
@@ -25,6 +26,8 @@ class Run:
     """How many rows it is trained on."""
     train: Sequence[Record]
     valid: Sequence[Record]
+    end: Record | None = None
+    """Where and why it ended; runs of earlier versions do not tell."""
 
     @property
     def members(self) -> list[str]:
@@ -51,24 +54,28 @@ class Run:
     def state(self) -> str:
         """How far it has come."""
         of = f" of {self.num_steps:,}" if self.num_steps else ""
+        if self.end and self.end["step"] == self.step:  # else it went on
+            if self.end["reason"] == LAST:
+                return f"finished at step {self.step:,}"
+            return f"stopped early at step {self.step:,}{of}: {self.end['reason']}"
         if self.num_steps == self.step and self.valid and self.valid[-1]["step"] == self.step:
             return f"finished at step {self.step:,}"
         return f"step {self.step:,}{of}: not finished"
 
     def series(self, kind: str, *names: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a number, by its path in the records of a kind, where they have it."""
+        """Steps and values of a number, by its path in the records of a kind, where they have it; null is NaN."""
         steps, values = [], []
         for record in self.train if kind == "train" else self.valid:
             value: Any = record
             for name in names:
-                value = value.get(name) if isinstance(value, Mapping) else None
-            if isinstance(value, int | float):
+                value = value.get(name, "") if isinstance(value, Mapping) else ""
+            if value is None or isinstance(value, int | float):
                 steps.append(int(record["step"]))
-                values.append(float(value))
+                values.append(math.nan if value is None else float(value))
         return steps, values
 
     def seconds(self) -> float:
-        """Seconds of training, by its own rates: without validation, checkpoints and starts."""
+        """Seconds of training, by its own rates: without validation and starts."""
         steps, rates = self.series("train", "rows_per_s")
         rows, before, total = int(self.config["train"]["batch_size"]), 0, 0.0
         for step, rate in zip(steps, rates, strict=True):
@@ -100,9 +107,9 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     names = [path.absolute().name for path in paths]
     runs = []
     for path, name in zip(paths, names, strict=True):
-        records = list(_records(RunFolder.existing(path).path))
+        records = _records(RunFolder.existing(path).path)
         by_kind = {
-            kind: [record for record in records if record["kind"] == kind] for kind in ("data", "train", "valid")
+            kind: [record for record in records if record["kind"] == kind] for kind in ("data", "train", "valid", "end")
         }
         config = read_values(path / "config.json")
         if not isinstance(config, Mapping) or not {"train", "data"} <= set(config):
@@ -114,21 +121,15 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
                 data=by_kind["data"][-1] if by_kind["data"] else None,
                 train=by_kind["train"],
                 valid=by_kind["valid"],
+                end=by_kind["end"][-1] if by_kind["end"] else None,
             )
         )
     return runs
 
 
-def _records(folder: Path) -> Iterator[Record]:
+def _records(folder: Path) -> list[Record]:
     path = folder / METRICS
-    lines = whole_lines(path)
-    if not lines:
+    records = [record for _, record in parsed(path)]
+    if not records:
         raise InputError(f"{path}: nothing in it yet; the run has not logged a step")
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or not {"kind", "step"} <= set(record):
-            raise InputError(f"{path}, line {number}: not a record of a run")
-        yield record
+    return records

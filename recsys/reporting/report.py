@@ -9,7 +9,7 @@ from typing import Any
 from recsys.config import InputError, write_whole
 from recsys.page import PAGE, picture, table, tag
 from recsys.reporting.config import ReportConfig
-from recsys.reporting.differences import differences, from_nearest_recipe
+from recsys.reporting.differences import OF_THE_PLACE, differences, from_nearest_recipe
 from recsys.reporting.figures import draw_all
 from recsys.reporting.records import MERGED, Run, read_runs
 
@@ -95,14 +95,15 @@ def _cells(values: Mapping[str, Any]) -> list[str]:
     cells = []
     for name in ("auc", "logloss", "ne"):
         interval = values.get(f"{name}_ci")
-        around = f" [{interval[0]:.5f}, {interval[1]:.5f}]" if interval else ""
-        cells.append(_number(values.get(name)) + around)
-    cells += [_number(values.get(name)) for name in ("calibration", "auprc", "ece")]
+        around = f" [{_number(interval[0])}, {_number(interval[1])}]" if interval else ""
+        cells.append(_number(values[name]) + around if name in values else "")
+    cells += [_number(values[name]) if name in values else "" for name in ("calibration", "auprc", "ece")]
     return [*cells, f"{values['num_rows']:,}" if "num_rows" in values else ""]
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.5f}"
+    """A number of a record, in which null is NaN."""
+    return "nan" if value is None else f"{value:.5f}"
 
 
 def _speed(runs: Sequence[Run]) -> str:
@@ -114,12 +115,14 @@ def _speed(runs: Sequence[Run]) -> str:
             told.append(f"{run.name}: last {ids[-1]:,.0f} ids/s, {utilisation[-1]:.2%} MFU")
     phases = " Phases are those of rank 0, on a GPU as its host sees them." if any(run.phases() for run in runs) else ""
     mfu = ". MFU counts the matrix products of dense layers alone." if told else ""
-    return f"Without validation, checkpoints and starts.{phases} {'; '.join(told)}{mfu}"
+    return f"Without validation and starts.{phases} {'; '.join(told)}{mfu}"
 
 
 def _configs(runs: Sequence[Run]) -> list[str]:
     if len(runs) > 1:
-        names, rows = [run.name for run in runs], differences([run.config for run in runs])
+        # Runs of other data are not alike, whatever else is.
+        rows = differences([run.config for run in runs], OF_THE_PLACE - {"data"})
+        names = [run.name for run in runs]
         title, alike = "Where their configs differ", "Their configs are alike."
     else:
         recipe, rows = from_nearest_recipe(runs[0].config)

@@ -15,6 +15,8 @@ import psutil
 
 POINT, START, END = "POINT_IN_TIME", "INTERVAL_START", "INTERVAL_END"
 BENCHMARK = "dlrm_dcnv2"
+LAST = "last step"
+"""Reason of the record `end` of a run that was not stopped before."""
 FROM_CONFIG = {
     "seed": ("seed",),
     "global_batch_size": ("train", "batch_size"),
@@ -34,6 +36,8 @@ class _Log:
         self._batch_size = int(config.get("train", {}).get("batch_size", 0))
         self._rows, self._epoch, self._in_epoch = 0, 0, False
         self._has_eval_samples = False
+        self._target, self._auc = config.get("train", {}).get("target_auc"), 0.0
+        self._reason = LAST
 
     def line(self, kind: str, key: str, value: Any = None, time_ms: float | None = None, **metadata: Any) -> None:
         event = {"namespace": "", "time_ms": int(time.time() * 1e3 if time_ms is None else time_ms), "event_type": kind}
@@ -70,13 +74,20 @@ class _Log:
                 self._enter_epoch()
         elif kind == "valid" and "merged" in values:
             merged = values["merged"]
+            self._auc = merged["auc"]
             if not self._has_eval_samples:
                 self.line(POINT, "eval_samples", merged["num_rows"])
                 self._has_eval_samples = True
             share = step * self._batch_size / self._rows if self._rows else 0.0
             self.line(POINT, "eval_accuracy", merged["auc"], epoch_num=share, samples_count=step * self._batch_size)
 
-    def close(self, status: str) -> None:
+        elif kind == "end":
+            self._reason = values["reason"]
+
+    def close(self, *, came_to_end: bool) -> None:
+        """Success is the target where there is one, else the last step."""
+        reached = self._reason == LAST if self._target is None else self._auc >= self._target
+        status = "success" if came_to_end and reached else "aborted"
         self._leave_epoch()
         self.line(END, "run_stop", status=status, samples_count=self._step * self._batch_size)
 
@@ -110,9 +121,9 @@ def mlperf_lines(path: Path, config: Mapping[str, Any], facts: Sequence[str], st
         file = sys.stdout if str(path) == "-" else stack.enter_context(path.open("a"))
         log = _Log(file, config, step)
         log.open(facts)
-        status = "aborted"
+        came_to_end = False
         try:
             yield log.write
-            status = "success"
+            came_to_end = True
         finally:
-            log.close(status)
+            log.close(came_to_end=came_to_end)

@@ -74,10 +74,13 @@ class Profile:
 
     def close(self) -> None:
         """End the profile of a job that ends within the window."""
-        if self._config is not None and self._recorder is not None:
+        if self._config is None:
+            return
+        if self._steps > self._config.wait:
             self._end(self._config)
-        elif self._config is not None:
+        else:
             _tell(f"profile: the job ended after {self._steps} steps, and --profile.wait is {self._config.wait}")
+            self.drop()
 
     def drop(self) -> None:
         """End the profile, and write nothing."""

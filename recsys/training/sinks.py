@@ -1,12 +1,14 @@
 """Sinks: where a run's records go. `metrics.jsonl` always, TensorBoard unless it is turned off, others on demand.
 
-A record is a kind (data, train, valid ...), a step and values, which may be nested; `metrics.jsonl` has them as they
-are, the others take the numbers, under names such as `valid/merged/auc`.
+A record is a kind (data, train, valid, end ...), a step and values, which may be nested; `metrics.jsonl` has them as
+they are, with null for NaN and infinity, the others take the numbers, under names such as `valid/merged/auc`.
 """
 
 import importlib.util
 import json
+import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -25,6 +27,13 @@ IDS = "sinks.json"
 """Of a run folder: by which ids W&B and MLflow know the run, so that a resumed one goes on in the same place."""
 BATCH = 100
 """Parameters that MLflow takes at once."""
+PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "WANDB_INIT_TIMEOUT": "10",
+    "WANDB_FINISH_TIMEOUT": "60",
+}
+"""With tracking servers, in tries and seconds, since the job waits for them. The environment may say otherwise."""
 LONGEST = 500
 """Letters of a parameter's value that MLflow keeps."""
 
@@ -57,14 +66,18 @@ class SinkConfig:
                 raise ValueError(f"mlperf_facts {fact!r} is not KEY=VALUE, such as submission_org=ACME")
 
     def check(self) -> None:
-        """Look, before the work, whether all that is asked for is installed.
+        """Look, before the work, whether all that is asked for is there.
 
         Raises:
-            InputError: a package is missing, naming the extra that brings it.
+            InputError: a package is missing, naming the extra that brings it, or the folder of MLPerf's file.
         """
         for name, package in (("wandb", "wandb"), ("mlflow", "mlflow")):
             if getattr(self, name) is not None and importlib.util.find_spec(package) is None:
                 raise InputError(f"--sinks.{name}: package {package} is not installed; pip install 'recsys[{name}]'")
+        if self.mlperf is not None and not self.mlperf.absolute().parent.is_dir():
+            raise InputError(f"--sinks.mlperf {self.mlperf}: no such folder to write it to; make it")
+        if self.mlperf is not None and self.mlperf.is_dir():
+            raise InputError(f"--sinks.mlperf {self.mlperf}: is a folder; name a file in it")
 
 
 @contextmanager
@@ -72,12 +85,15 @@ def open_sinks(folder: Path, step: int, config: SinkConfig) -> Iterator[Write]:
     """Yield `write(kind, step, values)`, which hands a record to every sink; called on rank 0.
 
     What an earlier attempt wrote past `step`, from where this one goes on, is dropped from metrics.jsonl and hidden in
-    TensorBoard; W&B and MLflow keep it beside what is written anew.
+    TensorBoard; W&B and MLflow keep it beside what is written anew. One of these two that fails on the way is told in a
+    line and left out from there on, since a run does not depend on it.
 
     Raises:
-        InputError: a sink that cannot be opened.
+        InputError: a sink that cannot be opened, or lines of metrics.jsonl that are no records.
     """
     config.check()
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)  # read where the packages are imported
     with ExitStack() as stack:
         writes = [stack.enter_context(sink) for sink in _chosen(folder, step, config)]
 
@@ -120,15 +136,40 @@ def numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", value
 
 
+def finite(values: Any) -> Any:
+    """Plain values with None for NaN and infinity, which JSON has no word for."""
+    if isinstance(values, Mapping):
+        return {name: finite(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def parsed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Whole lines of metrics.jsonl, and the record that each holds.
+
+    Raises:
+        InputError: a line holds none.
+    """
+    for number, line in enumerate(whole_lines(path), 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not {"kind", "step"} <= set(record):
+            raise InputError(f"{path}, line {number}: not a record of a run; remove the line")
+        yield line, record
+
+
 @contextmanager
 def _jsonl(folder: Path, step: int) -> Iterator[Write]:
     path = folder / METRICS
-    kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= step]
+    kept = [line for line, record in parsed(path) if record["step"] <= step]
     write_whole(path, "".join(kept))
     with path.open("a") as file:
 
         def write(kind: str, step: int, values: Mapping[str, Any]) -> None:
-            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            file.write(json.dumps({"kind": kind, "step": step, **finite(values)}) + "\n")
             file.flush()
 
         yield write
@@ -161,12 +202,18 @@ def _wandb(folder: Path, project: str, mode: Literal["online", "offline", "disab
     _remember(folder, "wandb", run.id)
     # A resumed run may write a step twice, which W&B's own step forbids.
     run.define_metric("*", step_metric="step")
-    with run:
+    attempt = _Attempts("wandb")
 
-        def write(kind: str, step: int, values: Mapping[str, Any]) -> None:
-            run.log({f"{kind}/{name}": value for name, value in numbers(values)} | {"step": step})
+    def write(kind: str, step: int, values: Mapping[str, Any]) -> None:
+        if found := {f"{kind}/{name}": value for name, value in numbers(values)}:
+            attempt(run.log, found | {"step": step})
 
+    exit_code = 1
+    try:
         yield write
+        exit_code = 0
+    finally:
+        attempt(run.finish, exit_code)
 
 
 @contextmanager
@@ -192,16 +239,36 @@ def _mlflow(folder: Path, store: str, experiment: str) -> Iterator[Write]:
     except MlflowException as error:
         raise InputError(f"--sinks.mlflow {store}: {_one_line(error)}") from None
 
+    attempt = _Attempts("mlflow")
+
     def write(kind: str, step: int, values: Mapping[str, Any]) -> None:
         at = int(time.time() * 1e3)
-        client.log_batch(run_id, [Metric(f"{kind}/{name}", value, at, step) for name, value in numbers(values)])
+        if found := [Metric(f"{kind}/{name}", value, at, step) for name, value in numbers(values)]:
+            attempt(client.log_batch, run_id, found)
 
     status = "FAILED"
     try:
         yield write
         status = "FINISHED"
     finally:
-        client.set_terminated(run_id, status)
+        attempt(client.set_terminated, run_id, status)
+
+
+class _Attempts:
+    """What is asked of a tracking server, until it fails for the first time: then the run goes on without it."""
+
+    def __init__(self, sink: str) -> None:
+        self._sink, self._failed = sink, False
+
+    def __call__(self, ask: Callable[..., Any], *arguments: Any) -> None:
+        if self._failed:
+            return
+        try:
+            ask(*arguments)
+        except Exception as error:  # noqa: BLE001  (what a client and its network raise has no common base)
+            self._failed = True
+            line = f"recsys: --sinks.{self._sink} is off from here on ({_one_line(error)})"
+            print(line, file=sys.stderr, flush=True)  # noqa: T201  (beside the lines of `progress`)
 
 
 def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -46,7 +46,11 @@ def ranked(config: SweepConfig, records: Sequence[Record]) -> list[Record]:
     """Complete trials from best to worst, then the stopped, then the failed."""
     order = {"complete": 0, "stopped": 1, "failed": 2}
     sign = 1 if config.lower_is_better else -1
-    return sorted(records, key=lambda record: (order[record.state], sign * record.value, record.name))
+
+    def place(record: Record) -> tuple[int, float, str]:
+        return order[record.state], math.inf if math.isnan(record.value) else sign * record.value, record.name
+
+    return sorted(records, key=place)
 
 
 def rows(config: SweepConfig, records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:

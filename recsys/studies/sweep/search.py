@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from recsys.studies.sweep.report import Record, show, write_report
 from recsys.studies.sweep.space import Choice, Range, Space, Values, applied, described, read_space
 from recsys.studies.sweep.trial import Outcome, run_trial
 from recsys.training.config import TrainConfig
+from recsys.training.sinks import finite
 
 TRIALS = 20
 """Of random and tpe, where the user says nothing."""
@@ -50,9 +52,14 @@ def sweep(config: SweepConfig, recipe: TrainConfig) -> Swept:
     """Make all trials that are not made yet, and report.
 
     Raises:
-        InputError: an unknown field, values that cannot be, another sweep in the folder, or no trial that came to its
-            end.
+        InputError: an unknown field, values that cannot be, one folder for all checkpoints, another sweep in the
+            folder, or no trial that came to its end.
     """
+    if recipe.checkpoints.folder is not None:
+        raise InputError(
+            f"--checkpoints.folder {recipe.checkpoints.folder}: all trials would write to it; leave it out, and each "
+            "has its own in its folder"
+        )
     space = read_space(config)
     combinations = list(_combinations(space)) if config.sampler == "grid" else []
     for values in combinations:  # told now, and not after hours
@@ -76,7 +83,7 @@ def sweep(config: SweepConfig, recipe: TrainConfig) -> Swept:
     path = config.out / "best.json"
     found = replace(applied(recipe, best.values), out=config.out.absolute() / "best")
     write_whole(path, json.dumps(dump(found), indent=2) + "\n")
-    write_whole(config.out / "results.json", json.dumps([dump(record) for record in records], indent=2) + "\n")
+    write_whole(config.out / "results.json", json.dumps([finite(dump(record)) for record in records], indent=2) + "\n")
     page = write_report(config, records, best)
     show(config, records)
     print(f"{page}\nrecsys train {path}")  # noqa: T201  (what the verb is asked for)
@@ -196,6 +203,8 @@ def _run(config: SweepConfig, recipe: TrainConfig, study: Study, trial: Trial) -
         trial.report(outcome.values[step], step)
     if outcome.problem:
         return _fail(study, trial, values, outcome.problem, outcome.seconds)
+    if not outcome.pruned and math.isnan(max(outcome.values.items())[1]):  # which Optuna takes for an interrupted one
+        return _fail(study, trial, values, f"{config.metric} is nan at its end", outcome.seconds)
     return f"{described(values)}: {_ended(config, study, trial, outcome)}"
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -77,7 +78,8 @@ class _Validations:
         for line in text.splitlines(keepends=True):
             record: dict[str, Any] = json.loads(line) if line.endswith("\n") else {}  # else half written
             if record.get("kind") == "valid" and record["step"] not in self.values:
-                found[record["step"]] = float(record[MERGED][self._metric])
+                value = record[MERGED][self._metric]
+                found[record["step"]] = math.nan if value is None else float(value)
         self.values |= found
         return found
 
