@@ -114,8 +114,8 @@ def _lost(world: World, error: RuntimeError) -> int:
     with suppress(RuntimeError):
         if _default_store().check([f"{REFUSED}/{world.attempt}"]):
             return 2
-    what = " ".join(str(error).split())
-    print(f"recsys: rank {world.rank}: lost another rank ({what[-100:]})", file=sys.stderr)  # noqa: T201
+    what = next(words for words in LOST_PEER if words in str(error))
+    print(f"recsys: rank {world.rank}: lost another rank ({what})", file=sys.stderr)  # noqa: T201
     return 1
 
 

@@ -38,6 +38,7 @@ def test_the_component_runs_the_train_verb_on_every_rank() -> None:
     assert "-m recsys.cli train criteo_kaggle --out run" in command
     assert role.env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
     assert role.env["EXTRA"] == "1"
+    assert command.startswith("-c torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --rdzv")
     assert role.max_retries == 2
     assert role.image == "image"
 
@@ -114,6 +115,29 @@ def test_places_of_this_machine_become_absolute_where_nodes_share_them(
     assert f"study merge criteo_kaggle --out {here}/s --data {here}/data" in study
 
 
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ("--out=x raw.tsv", "--out={here}/x {here}/raw.tsv"),
+        ("--dry-run raw.tsv --out x", "--dry-run {here}/raw.tsv --out {here}/x"),
+        ("--out raw.tsv raw.tsv", "--out {here}/raw.tsv {here}/raw.tsv"),
+        ("raw.tsv --work raw.tsv --out x", "{here}/raw.tsv --work {here}/raw.tsv --out {here}/x"),
+    ],
+)
+def test_raw_files_become_absolute_wherever_they_stand(
+    here: Path, capsys: pytest.CaptureFixture[str], given: str, sent: str
+) -> None:
+    (here / "raw.tsv").touch()
+    text = request(capsys, "prepare", "-s", "slurm", "--", "criteo_kaggle", *given.split())
+    assert f"prepare criteo_kaggle {sent.format(here=here)} exitcode" in text
+
+
+def test_what_goes_to_stdout_is_no_place(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = ["--", "criteo_kaggle", "--data", "/data", "--out", "/run", "--sinks.mlperf", "-"]
+    for scheduler in (["slurm"], ["kubernetes", "--cfg", "queue=q"]):
+        assert "--sinks.mlperf -" in request(capsys, "train", "-s", *scheduler, *job)
+
+
 def test_a_container_of_this_machine_sees_the_folders_of_its_job(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,6 +148,10 @@ def test_a_container_of_this_machine_sees_the_folders_of_its_job(
     assert f"ReadOnly: false Source: {here}/runs Target: {here}/runs Type: bind" in text
     assert "Source: cache Target: /cache Type: volume" in text
     assert not (here / "runs").exists()
+    others = ["--checkpoints.folder", "kept/one", "--sinks.mlperf", "logs/mlperf.log"]
+    text = request(capsys, "train", "-s", "local_docker", *job, *others)
+    for folder in ("kept", "logs"):
+        assert f"ReadOnly: false Source: {here}/{folder} Target: {here}/{folder} Type: bind" in text
 
 
 def test_nodes_elsewhere_are_told_no_relative_place(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,6 +159,9 @@ def test_nodes_elsewhere_are_told_no_relative_place(here: Path, capsys: pytest.C
     line = refusal(capsys, *options)
     assert line.startswith("recsys: --data data/criteo_kaggle is relative to this machine's folder")
     assert main(["launch", *options, "--data", "memory://data"]) == 0
+    (here / "c.json").write_text('{"data": "/data", "out": "/run"}')
+    told = "the file c.json is relative to this machine's folder, which the nodes of kubernetes do not have"
+    assert told in refusal(capsys, *options[:7], "c.json")
 
 
 def test_an_environment_that_is_not_activated_is_found_on_this_machine_alone(
@@ -242,7 +273,9 @@ def test_a_stopped_launch_stops_its_job(tmp_path: Path) -> None:
     [
         (["train", "-s", "slum"], "after --, say what would follow `recsys train`"),
         (["train", "-s", "slum", "--", "synthetic"], "unknown scheduler 'slum'; did you mean slurm"),
-        (["train", "-j", "4", "-s", "slurm", "--", "synthetic", "--train.num-step", "3"], None),
+        (["train", "-j", "4x1", "-s", "slurm", "--", "synthetic", "--train.num-step", "3"], None),
+        (["train", "-j", "8", "--", "synthetic"], "-j '8' is no shape; write NODESxRANKS (4x8) or LEAST:MOSTxRANKS"),
+        (["train", "-s", "slurm", "--env", "A=1", "NCCL_SOCKET_IFNAME=a,b", "--", "synthetic"], "srun splits values"),
         (["train", "--", "sinthetic"], "unknown recipe 'sinthetic'; did you mean synthetic"),
         (["train", "-j", "4:2x8", "--", "synthetic"], "-j '4:2x8' is no shape; write NODESxRANKS"),
         (["prepare", "-j", "2x2", "--", "criteo_kaggle", "a", "--out", "b"], "-j 2x2: prepare is one process"),

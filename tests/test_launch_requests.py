@@ -68,6 +68,14 @@ def test_a_request_is_the_one_that_was_read(scheduler: str, job: str, capsys: py
     assert request == path.read_text()
 
 
+@pytest.mark.parametrize("job", JOBS)
+def test_variables_of_slurm_are_split_at_commas_into_pairs(job: str) -> None:
+    request = (GOLDEN / f"slurm-{job}.txt").read_text()
+    exports = re.findall(r"--export=ALL,(\S*)", request)
+    assert exports
+    assert all("=" in pair for export in exports for pair in export.split(","))
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_what_restarts_need_is_in_every_request(scheduler: str) -> None:
     request = (GOLDEN / f"{scheduler}-train.txt").read_text()
@@ -76,5 +84,6 @@ def test_what_restarts_need_is_in_every_request(scheduler: str) -> None:
     assert re.search(r"PET_MAX_RESTARTS\W+(value: )?'?3", flat)
     assert re.search(r"TORCH_DISABLE_SHARE_RDZV_TCP_STORE\W+(value: )?'?1", flat)
     assert "--resume auto" in flat
+    assert re.search(r"--signals-to-handle\W+SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", flat)
     assert "--resume" not in (GOLDEN / f"{scheduler}-elastic.txt").read_text()  # no retries
     assert "--nnodes 1:4" in re.sub(r"'?\s+'?", " ", (GOLDEN / f"{scheduler}-elastic.txt").read_text())

@@ -77,9 +77,11 @@ def test_off_it_does_nothing(tmp_path: Path) -> None:
 
 
 def test_a_job_that_ends_before_the_window_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    work(3, ProfileConfig(steps=1, wait=4), tmp_path)
-    assert capsys.readouterr().err == "profile: the job ended after 3 steps, and --profile.wait is 4\n"
-    assert not any(tmp_path.iterdir())
+    for wait in (4, 3):
+        work(3, ProfileConfig(steps=1, wait=wait), tmp_path)
+        assert capsys.readouterr().err == f"profile: the job ended after 3 steps, and --profile.wait is {wait}\n"
+        assert not any(tmp_path.iterdir())
+    work(2, ProfileConfig(steps=1, wait=0), tmp_path)  # the profiler of the process is free again
 
 
 def test_what_failed_is_told_and_not_the_profile(tmp_path: Path) -> None:

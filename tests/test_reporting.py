@@ -15,8 +15,10 @@ from recsys.metrics.click import click_metrics
 from recsys.recipes import find_recipe
 from recsys.reporting.config import ReportConfig
 from recsys.reporting.differences import differences, from_nearest_recipe
+from recsys.reporting.figures import FILLS
 from recsys.reporting.records import read_runs
 from recsys.reporting.report import report
+from recsys.training.phases import PHASES
 from recsys.training.sinks import SinkConfig, open_sinks
 
 MEMBERS = ("dcnv2", "wukong")
@@ -72,6 +74,45 @@ def test_a_finished_run_has_one_page_that_stands_alone(tmp_path: Path, capsys: p
 def test_phases_are_means_over_steps(tmp_path: Path) -> None:
     run = read_runs([make_run(tmp_path / "first")])[0]
     assert run.phases() == pytest.approx({"data": 2.0, "forward": 30.0, "backward": 60.0 + 25.0, "other": 8.0})
+
+
+def ended(run: Path, step: int, reason: str) -> str:
+    """State of a run that wrote how it ended."""
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "end", "step": step, "reason": reason}) + "\n")
+    return read_runs([run])[0].state
+
+
+def test_a_run_tells_how_it_ended(tmp_path: Path) -> None:
+    assert ended(make_run(tmp_path / "early", last=20), 20, "AUC 0.8") == "stopped early at step 20 of 40: AUC 0.8"
+    assert ended(make_run(tmp_path / "whole"), 40, "last step") == "finished at step 40"
+    assert ended(make_run(tmp_path / "longer", last=30), 20, "NE") == "step 30 of 40: not finished"  # it went on
+
+
+def test_null_is_nan(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[-2]["window"]["dcnv2"]["auc"] = lines[-2]["rows_per_s"] = None
+    lines[-1]["merged"] |= {"auc": None, "auc_ci": [None, None], "ne": None}
+    lines[-1]["merged"]["reliability"][0] = [None, None, 0]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report(ReportConfig(runs=(run,)))
+    assert "nan [nan, nan]" in text_of(run / "report.html")
+    steps, values = read_runs([run])[0].series("valid", "merged", "auc")
+    assert steps == [20, 40]
+    assert np.isnan(values).tolist() == [False, True]
+
+
+def test_runs_of_other_data_are_not_alike(tmp_path: Path) -> None:
+    runs = make_run(tmp_path / "first"), make_run(tmp_path / "second")
+    config = json.loads((runs[1] / "config.json").read_text())
+    (runs[1] / "config.json").write_text(json.dumps(config | {"data": "data/other"}))
+    report(ReportConfig(runs=runs, out=tmp_path / "both.html"))
+    assert f"<td>data</td><td>{config['data']}</td><td>data/other</td>" in text_of(tmp_path / "both.html")
+
+
+def test_every_phase_of_a_bar_has_a_colour_of_its_own() -> None:
+    assert len(set(FILLS)) >= len(PHASES) + len(("validation", "other"))
 
 
 def test_a_run_that_was_killed_has_a_page(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def record(folder: Path, config: SinkConfig, first: int, last: int) -> None:
         for step in range(first + 1, last + 1):
             write("train", step, TRAIN)
         write("valid", last, VALID)
+        write("end", last, {"reason": "last step"})
 
 
 def lines(folder: Path) -> list[tuple[str, int]]:
@@ -57,8 +58,8 @@ def lines(folder: Path) -> list[tuple[str, int]]:
 
 def test_records_are_lines_as_they_are_and_numbers_on_the_board(folder: Path) -> None:
     record(folder, SinkConfig(), 0, 2)
-    assert lines(folder) == [("data", 0), ("train", 1), ("train", 2), ("valid", 2)]
-    *_, valid = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    assert lines(folder) == [("data", 0), ("train", 1), ("train", 2), ("valid", 2), ("end", 2)]
+    *_, valid, _ = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
     assert valid == {"kind": "valid", "step": 2, **VALID}
     events: Any = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
     board = events.EventAccumulator(str(folder / "tensorboard"))
@@ -73,7 +74,26 @@ def test_a_resumed_run_drops_what_was_past_its_step(folder: Path) -> None:
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
     record(folder, SinkConfig(), 2, 3)
-    assert lines(folder) == [("data", 0), ("train", 1), ("train", 2), ("data", 2), ("train", 3), ("valid", 3)]
+    before = [("data", 0), ("train", 1), ("train", 2)]
+    assert lines(folder) == [*before, ("data", 2), ("train", 3), ("valid", 3), ("end", 3)]
+
+
+def test_a_line_that_is_no_record_is_told_to_a_resumed_run(folder: Path) -> None:
+    record(folder, SinkConfig(tensorboard=False), 0, 2)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("\0\0\0\n")
+    with pytest.raises(InputError, match=rf"^{folder}/metrics.jsonl, line 6: not a record of a run; remove the line$"):
+        record(folder, SinkConfig(tensorboard=False), 2, 3)
+
+
+def test_json_has_null_for_what_is_no_number(folder: Path) -> None:
+    with open_sinks(folder, 0, SinkConfig(tensorboard=False)) as write:
+        write("train", 1, {"loss": {"dcnv2": math.nan}, "ci": [math.inf, 0.5], "pair": (-math.inf, 1), "rows": 3})
+    (line,) = (folder / "metrics.jsonl").read_text().splitlines()
+    read = json.loads(line, parse_constant=pytest.fail)
+    assert read == {
+        "kind": "train", "step": 1, "loss": {"dcnv2": None}, "ci": [None, 0.5], "pair": [None, 1], "rows": 3
+    }  # fmt: skip
 
 
 def test_the_board_can_be_left_out(folder: Path) -> None:
@@ -131,6 +151,36 @@ def test_mlperf_tells_of_a_run_that_failed(folder: Path, tmp_path: Path) -> None
     ):
         raise RuntimeError
     assert mlperf(tmp_path / "log")[-1]["metadata"]["status"] == "aborted"
+
+
+@pytest.mark.parametrize(
+    ("target", "reason", "status"),
+    [
+        (0.75, "AUC 0.75 has reached --train.target-auc 0.75", "success"),
+        (0.8, "last step", "aborted"),
+        (0.8, "NE has not been below", "aborted"),
+        (None, "last step", "success"),
+        (None, "NE has not been below", "aborted"),
+    ],
+)
+def test_mlperf_has_success_where_the_target_is_reached(
+    folder: Path, tmp_path: Path, target: float | None, reason: str, status: str
+) -> None:
+    (folder / "config.json").write_text(json.dumps({"train": {"batch_size": 10, "target_auc": target}}))
+    config = SinkConfig(mlperf=tmp_path / "log", tensorboard=False)
+    with open_sinks(folder, 0, config) as write:
+        write("data", 0, DATA)
+        write("valid", 2, VALID)
+        write("end", 2, {"reason": reason})
+    assert mlperf(tmp_path / "log")[-1]["metadata"]["status"] == status
+
+
+def test_a_file_of_mlperf_that_cannot_be_written_is_one_line(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^--sinks.mlperf \S+/none/log: no such folder"):
+        SinkConfig(mlperf=tmp_path / "none" / "log").check()
+    with pytest.raises(InputError, match=r"^--sinks.mlperf \S+: is a folder"):
+        SinkConfig(mlperf=tmp_path).check()
+    SinkConfig(mlperf=Path("-")).check()
 
 
 def test_mlperf_lines_on_stdout(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,6 +248,47 @@ def test_wandb_offline_keeps_the_run_in_its_folder(folder: Path, monkeypatch: py
     assert kept[0].stat().st_size > 0
     assert [values["step"] for values in logged] == [0, 1, 2, 2, 2, 3, 3]
     assert logged[-1] == {"valid/merged/auc": 0.75, "valid/merged/num_rows": 40, "step": 3}
+
+
+@pytest.mark.parametrize("fails", ["write", "end"])
+@pytest.mark.parametrize("sink", ["wandb", "mlflow"])
+def test_a_tracking_server_that_goes_away_is_told_once_and_the_run_goes_on(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    sink: str,
+    fails: str,
+) -> None:
+    pytest.importorskip(sink)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    asked: list[str] = []
+
+    def gone(*_: Any, **__: Any) -> None:
+        asked.append(sink)
+        raise ConnectionError("the server\nis gone")
+
+    names = {
+        "wandb": ("wandb.Run", "log", "finish"),
+        "mlflow": ("mlflow.tracking.MlflowClient", "log_batch", "set_terminated"),
+    }
+    owner, write, end = names[sink]
+    monkeypatch.setattr(f"{owner}.{write if fails == 'write' else end}", gone)
+    if sink == "mlflow":
+        monkeypatch.setattr("recsys.training.sinks._leaves", lambda _: iter(()))  # else the first is at the start
+    options = {"wandb": {"wandb": "clicks", "wandb_mode": "offline"}, "mlflow": {"mlflow": str(tmp_path / "store")}}
+    record(folder, SinkConfig(tensorboard=False, **options[sink]), 0, 3)  # type: ignore[arg-type]
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("recsys: ")]
+    assert told == [f"recsys: --sinks.{sink} is off from here on (the server is gone)"]
+    assert asked == [sink]
+    assert len(lines(folder)) == 6
+
+
+def test_a_server_of_mlflow_that_is_not_there_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(InputError, match=r"^--sinks.mlflow http://127.0.0.1:9: [^\n]+$"):
+        record(folder, SinkConfig(tensorboard=False, mlflow="http://127.0.0.1:9"), 0, 1)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Sweeps: real ones of small trainings, and what becomes of trials that fail, are stopped or are killed."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -38,9 +39,9 @@ done = len((out / "metrics.jsonl").read_text().splitlines()) if (out / "metrics.
 with (out / "metrics.jsonl").open("a") as file:
     for step in range(done + 1, steps + 1):
         time.sleep(pause)
-        ne = 1 - (1 - seed / 10) * step / steps
+        ne = None if seed == 99 and step == steps else 1 - (1 - seed / 10) * step / steps
         file.write(json.dumps({"kind": "train", "step": step}) + "\\\\n")
-        file.write(json.dumps({"kind": "valid", "step": step, "merged": {"ne": ne, "auc": 1 - ne}}) + "\\\\n")
+        file.write(json.dumps({"kind": "valid", "step": step, "merged": {"ne": ne, "auc": 1 - (ne or 0)}}) + "\\\\n")
         file.flush()
 """.replace("\\\\n", "\\n")
 
@@ -121,6 +122,26 @@ def test_a_failed_trial_is_told_in_a_line_and_the_others_go_on(
     assert "Traceback" not in line
     with pytest.raises(InputError, match="no trial came to its end; the last: exit 1: recsys: the loss"):
         sweep(made(tmp_path / "other", grid=("loss=joint",)), recipe)
+
+
+def test_a_trial_that_ends_in_nan_has_failed_and_is_made_once(recipe: TrainConfig, tmp_path: Path) -> None:
+    found = sweep(made(tmp_path / "sweep", grid=("seed=99,3",)), recipe)
+    assert [(record.state, record.problem) for record in found.records] == [
+        ("failed", "ne is nan at its end"),
+        ("complete", None),
+    ]
+    assert sorted(path.name for path in (tmp_path / "sweep" / "trials").glob("*/")) == ["0000", "0001"]
+    first = json.loads((tmp_path / "sweep" / "results.json").read_text(), parse_constant=pytest.fail)[0]
+    assert first["validations"]["3"] is None
+    with pytest.raises(InputError, match="no trial came to its end; the last: ne is nan at its end"):
+        sweep(made(tmp_path / "other", grid=("seed=99",)), recipe)
+
+
+def test_trials_with_one_folder_for_checkpoints_are_refused(recipe: TrainConfig, tmp_path: Path) -> None:
+    shared = dataclasses.replace(recipe, checkpoints=dataclasses.replace(recipe.checkpoints, folder=tmp_path / "all"))
+    with pytest.raises(InputError, match=r"^--checkpoints.folder \S+: all trials would write to it"):
+        sweep(made(tmp_path / "sweep"), shared)
+    assert not (tmp_path / "sweep").exists()
 
 
 @pytest.mark.parametrize("pruner", ["median", "none"])

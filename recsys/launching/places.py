@@ -111,7 +111,9 @@ def _put(arguments: list[str], name: str, path: Path) -> None:
 
 def _put_raw(arguments: list[str], config: Any, path: Path) -> None:
     """Make one of the raw files of `prepare` absolute, which no option names."""
-    flags = {_option(field.name) for field in dataclasses.fields(config) if field.type is bool}
+    flags = {
+        _option(field.name) for field in dataclasses.fields(config) if isinstance(getattr(config, field.name), bool)
+    }
     flags |= {flag.replace("--", "--no-", 1) for flag in flags}
     for at, argument in enumerate(arguments[1:], start=1):
         before = arguments[at - 1].replace("_", "-")

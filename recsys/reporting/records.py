@@ -129,7 +129,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 def _records(folder: Path) -> list[Record]:
     path = folder / METRICS
-    records = [record for _, record in parsed(path)]
+    records: list[Record] = [record for _, record in parsed(path)]
     if not records:
         raise InputError(f"{path}: nothing in it yet; the run has not logged a step")
     return records

@@ -181,7 +181,7 @@ def speed_of(job: Job) -> Speed | None:
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     seconds, before, rows = 0.0, 0, 0
     for line in lines:
-        if line["kind"] == "train" and line["rows_per_s"] > 0:
+        if line["kind"] == "train" and (line.get("rows_per_s") or 0) > 0:
             window = (line["step"] - before) * job.config.train.batch_size
             before, rows = line["step"], rows + window
             seconds += window / line["rows_per_s"]

@@ -17,6 +17,7 @@ from recsys.training.cadence import Cadence
 from recsys.training.checkpoint.saver import Saver
 from recsys.training.control import Ask, Control, Stopped
 from recsys.training.metrics import ClickMetrics
+from recsys.training.mlperf import LAST
 from recsys.training.profile import Profile
 from recsys.training.run import RunFolder
 from recsys.training.share import validate
@@ -104,11 +105,13 @@ class Loop:
         metrics, _ = self._validate()
         if metrics:
             self.saver.validated(trainer.step, {name: asdict(member) for name, member in metrics.items()})
+        self.write("end", trainer.step, {"reason": LAST})
         return metrics
 
     def _end_early(self, metrics: dict[str, ClickMetrics] | None, reason: str) -> dict[str, ClickMetrics] | None:
         self._say(f"stopped at step {self.trainer.step:,} of {self.trainer.num_steps:,}: {reason}")
         self._save(metrics)
+        self.write("end", self.trainer.step, {"reason": reason})
         return metrics
 
     def _asked(self) -> set[Ask]:

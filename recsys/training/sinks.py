@@ -265,7 +265,7 @@ class _Attempts:
             return
         try:
             ask(*arguments)
-        except Exception as error:  # noqa: BLE001  (what a client and its network raise has no common base)
+        except Exception as error:  # what a client and its network raise has no common base
             self._failed = True
             line = f"recsys: --sinks.{self._sink} is off from here on ({_one_line(error)})"
             print(line, file=sys.stderr, flush=True)  # noqa: T201  (beside the lines of `progress`)
