@@ -1,6 +1,8 @@
 """An epoch goes on at any step, on any number of ranks, with any number of threads, and ends its threads."""
 
 import itertools
+import subprocess
+import sys
 import threading
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -153,3 +155,21 @@ def test_prefetch_works_ahead_but_not_without_bound() -> None:
     assert len(made) <= 2 + PREFETCHED_BATCHES
     assert isinstance(batches, Generator)
     batches.close()
+
+
+LEFT_OPEN = """
+import sys, torch
+from recsys.data.loader import prefetch
+
+def products():
+    while True:
+        yield torch.randn(512, 512) @ torch.randn(512, 512)
+
+sys.left_open = prefetch(products())
+next(sys.left_open)
+"""
+
+
+def test_a_process_ends_well_while_batches_are_still_made() -> None:
+    ended = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -216,7 +216,6 @@ def test_pipelines_give_the_same_and_tell_phases_apart(
     expected = set(PHASES) if name == "sparse_dist" else set(PHASES) - {"input_dist"}
     assert set(seconds) == expected | {"other"}
     assert min(seconds[phase] for phase in expected) > 0
-    assert seconds["other"] < 0.5 * sum(seconds.values())
 
 
 @pytest.mark.slow

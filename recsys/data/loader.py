@@ -7,6 +7,7 @@ so rows of many groups meet in a batch while only `slots` groups are open. Rank 
 (epoch, step) is reached by arithmetic, and the rows of a global batch are the same for every R that divides `slots`.
 """
 
+import atexit
 import itertools
 import queue
 import sys
@@ -230,7 +231,8 @@ def _slots(num_slots: int, batch_size: int, rank: int, world_size: int) -> list[
 def prefetch(batches: Iterator[Batch], depth: int = PREFETCHED_BATCHES) -> Iterator[Batch]:
     """Run `batches` in a thread that stays up to `depth` batches ahead; its exceptions arrive here.
 
-    Closing the returned generator ends the thread.
+    Closing the returned generator ends the thread, and so does the end of the process: a thread that decodes while the
+    interpreter goes down would abort it.
     """
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
@@ -255,12 +257,18 @@ def prefetch(batches: Iterator[Batch], depth: int = PREFETCHED_BATCHES) -> Itera
                 batches.close()  # and with it the threads that decode
 
     thread = threading.Thread(target=work, name="loader", daemon=True)
+
+    def end() -> None:
+        stopped.set()
+        thread.join()
+
     thread.start()
+    atexit.register(end)
     try:
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
     finally:
-        stopped.set()
-        thread.join()
+        end()
+        atexit.unregister(end)
