@@ -155,6 +155,10 @@ class Members(nn.Module):
         shared = len(fields) == 1
         logits: dict[int, Tensor] = {}
         dtype = AUTOCAST.get(self.precision)
+        if dtype is not None:
+            # Once, here: else every layer that reads them casts them again, and what is done element by element
+            # moves twice the bytes.
+            fields = tuple(x_BFD.to(dtype) for x_BFD in fields)
         with torch.autocast(dense_BN.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             for group in self.groups:
                 if group.active:

@@ -1,7 +1,7 @@
 """Plans in TorchRec's words, and what TorchRec needs to carry them out."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -145,6 +145,14 @@ def check_kernels(plan: Plan, device: torch.device) -> Plan:
     return plan
 
 
+def batches_of_tables(module: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+    """FBGEMM's batches of fused tables in a sharded module, which does not name them among its modules."""
+    for collection in module.modules():
+        if isinstance(collection, ShardedEmbeddingBagCollection):
+            parts = (part for lookup in collection._lookups for part in lookup.modules())
+            yield from (part for part in parts if isinstance(part, SplitTableBatchedEmbeddingBagsCodegen))
+
+
 def mend_empty(module: nn.Module) -> None:
     """Let ranks hold no row of a table, or of any, on a CPU: row-wise tables of few rows leave such ranks.
 
@@ -152,9 +160,8 @@ def mend_empty(module: nn.Module) -> None:
     the last place, for one that ends somewhere in foreign memory: updates go astray. So each counts as having a row at
     least, which is in nobody's ids. And it takes weights without elements for a sign that it runs on a GPU.
     """
-    sharded = [part for part in module.modules() if isinstance(part, ShardedEmbeddingBagCollection)]
-    for part in (part for collection in sharded for lookup in collection._lookups for part in lookup.modules()):
-        if not isinstance(part, SplitTableBatchedEmbeddingBagsCodegen) or not part.use_cpu:
+    for part in batches_of_tables(module):
+        if not part.use_cpu:
             continue
         begins = [0, *accumulate(max(rows, 1) for rows, *_ in part.embedding_specs)]
         begins = [*(begins[table] for table in part.feature_table_map), begins[-1]]

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -19,7 +18,7 @@ from recsys.config import InputError
 from recsys.embeddings.config import TABLE_SEPARATOR
 from recsys.embeddings.robe import RobeArray
 from recsys.members import MemberSpec
-from recsys.sharding.torchrec import COUNTING, TableOptimizer
+from recsys.sharding.torchrec import COUNTING, TableOptimizer, batches_of_tables
 from recsys.sharding.workload import OptimizerKind
 from recsys.training.dense_optim import DenseKind, dense_optimizer
 from recsys.training.schedule import Decay, Schedule
@@ -189,7 +188,7 @@ class Optimizer:
         ]
         self._by_row = [part for _, part in parts if isinstance(part, RowOptimizer)]
         counts = config.tables in COUNTING
-        self._fused = [m for m in model.modules() if isinstance(m, SplitTableBatchedEmbeddingBagsCodegen) and counts]
+        self._fused = list(batches_of_tables(model)) if counts else []
 
     def schedule(self, step: int) -> None:
         """Set the learning rates of `step`, and how many updates there were before it."""

@@ -16,6 +16,7 @@ from recsys.members import MemberSpec
 from recsys.model import RecModel
 from recsys.sharding.here import cluster_here
 from recsys.sharding.make import cost_model, make_plan
+from recsys.sharding.native import use_native
 from recsys.sharding.plan import Plan
 from recsys.sharding.torchrec import TableSharder, check_device, check_kernels, comm_codecs, mend_empty, sharding_plan
 from recsys.sharding.workload import Workload
@@ -86,6 +87,7 @@ def _distribute(task: ClickTask, plan: Plan, sharder: TableSharder, world: World
         task, device=world.device, plan=words, sharders=[sharder], init_data_parallel=world.size > 1
     )
     mend_empty(sharded)
+    use_native(sharded)
     return sharded
 
 
