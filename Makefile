@@ -11,6 +11,7 @@ PYTHON ?= python3
 ACCELERATOR ?= $(or $(shell cat $(VENV)/accelerator 2>/dev/null),cpu)
 DEMO ?= demo
 ROWS ?= 150000
+WORKERS ?= 2
 
 # Exists only after a complete setup; older than the requirements or pyproject.toml, it is out of date.
 INSTALLED := $(VENV)/.installed-$(ACCELERATOR)
@@ -19,11 +20,11 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --n
 # torchx starts `torchrun` by name.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup test check format demo clean
+.PHONY: help setup test check format bench demo clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' Makefile
-	@echo "Variables, as they stand: PYTHON=$(PYTHON) ACCELERATOR=$(ACCELERATOR) DEMO=$(DEMO) ROWS=$(ROWS)"
+	@echo "Variables, as they stand: PYTHON=$(PYTHON) ACCELERATOR=$(ACCELERATOR) DEMO=$(DEMO) ROWS=$(ROWS) WORKERS=$(WORKERS)"
 
 setup: $(INSTALLED) ## Make the environment in .venv (ACCELERATOR=cpu or cuda); instant when it is up to date
 
@@ -36,8 +37,8 @@ $(INSTALLED): requirements/$(ACCELERATOR).txt $(wildcard requirements/*.txt) pyp
 	$(PIP) --no-deps --no-build-isolation -r requirements/torchrec.txt -e .
 	@touch $@
 
-test: $(INSTALLED) ## Run the tests
-	pytest
+test: $(INSTALLED) ## Run the tests, files side by side on WORKERS processes
+	pytest -n $(WORKERS) --dist loadfile
 
 check: $(INSTALLED) ## Check format, lint, import order and types, then run the tests
 	ruff format --check
@@ -49,6 +50,9 @@ check: $(INSTALLED) ## Check format, lint, import order and types, then run the 
 format: $(INSTALLED) ## Format the code and mend what ruff can
 	ruff format
 	ruff check --fix
+
+bench: $(INSTALLED) ## Measure training beside its floor and baselines, for half a minute; fails where a ratio is too low
+	python benchmarks/throughput.py --gate benchmarks/gate.json
 
 demo: $(INSTALLED) ## From a synthetic log to the evaluation of three merged members, on two processes
 	@test ! -e "$(DEMO)" || test -e "$(DEMO)/.made-by-demo" || { echo "$(DEMO) exists and is no demo of ours: use make demo DEMO=FOLDER" >&2; exit 2; }

@@ -19,6 +19,9 @@ from tests.batches import batch_of
 from tests.tiny_log import STEPS, flat, global_batches, loader, rows, write
 
 
+EARLIER: set[threading.Thread] = set()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiny")
@@ -110,8 +113,15 @@ def counted(num: int, error: Exception | None = None) -> Iterator[Batch]:
         raise error
 
 
-def loader_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith(("loader", "decode"))]
+@pytest.fixture(autouse=True)
+def earlier() -> None:
+    """Note the threads of loaders that other tests left to be collected."""
+    EARLIER.clear()
+    EARLIER.update(threading.enumerate())
+
+
+def loader_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith(("loader", "decode"))} - EARLIER
 
 
 def test_prefetch_yields_everything_in_order_and_ends() -> None:
