@@ -1,6 +1,5 @@
 """The process group, and the only place but the CLI's error line that reads torchrun's variables."""
 
-import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store as _default_store
 
 from recsys.config import InputError
+from recsys.memory import keep_freed
 
 T = TypeVar("T")
 
@@ -25,9 +25,6 @@ REFUSED = "refused"
 """Key of the job's store, with the attempt, which says that a rank met bad input."""
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 """What gloo and nccl say when another rank is gone."""
-
-# Of glibc's mallopt: what the end of the heap may hold unused, and from what size a block is mapped of its own.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, KEPT_BYTES = -1, -3, 2**30
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ def process_group() -> Iterator[World]:
     else:
         # torchrun sets OMP_NUM_THREADS=1, which leaves cores idle when there are fewer ranks than cores.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
-        _keep_freed_memory()
+        keep_freed()
     backend = "cuda:nccl,cpu:gloo" if world.device.type == "cuda" else "gloo"
     if launched:
         dist.init_process_group(backend, timeout=TIMEOUT)
@@ -117,14 +114,6 @@ def _lost(world: World, error: RuntimeError) -> int:
     what = next(words for words in LOST_PEER if words in str(error))
     print(f"recsys: rank {world.rank}: lost another rank ({what})", file=sys.stderr)  # noqa: T201
     return 1
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next one, which would else fault the same pages in again."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            mallopt(option, KEPT_BYTES)
 
 
 def _device(local_rank: int, local_size: int) -> torch.device:

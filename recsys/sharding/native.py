@@ -17,6 +17,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import Tensor, nn
 
+from recsys.memory import use_huge_pages
 from recsys.native import available
 from recsys.sharding.torchrec import batches_of_tables
 
@@ -56,6 +57,8 @@ class NativeTables:
     """
 
     def __init__(self, tables: SplitTableBatchedEmbeddingBagsCodegen) -> None:
+        for values in (tables.weights_host, tables.momentum1_host):
+            use_huge_pages(values.detach())
         self._tables = tables
         self._fbgemm = tables.forward
         self._kind = KINDS[tables.optimizer]
