@@ -7,8 +7,8 @@ from torch import Tensor
 
 # Of glibc's mallopt: what the end of the heap may hold unused, and from what size a block is mapped of its own.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, KEPT_BYTES = -1, -3, 2**30
-# Of Linux's madvise: pages of 2 MiB from now on; and at once, for what is there (since Linux 6.1).
-MADV_HUGEPAGE, MADV_COLLAPSE, HUGE_PAGE = 14, 25, 2 * 2**20
+# Of Linux's madvise: forget what is there, which then reads as zeros; and take pages of 2 MiB where they are touched.
+MADV_DONTNEED, MADV_HUGEPAGE, HUGE_PAGE = 4, 14, 2 * 2**20
 
 
 def keep_freed() -> None:
@@ -19,16 +19,16 @@ def keep_freed() -> None:
             mallopt(option, KEPT_BYTES)
 
 
-def use_huge_pages(values: Tensor) -> None:
-    """Ask for huge pages under a tensor on a CPU whose rows are read here and there; what is in it stays.
+def zeros_on_huge_pages(values: Tensor) -> None:
+    """Lay a tensor of zeros on huge pages, on a CPU: each access to one of many small ones walks the page table too.
 
-    Each access to a table of many small pages walks the page table too. A kernel that knows none of this says so, and
-    nothing is lost.
+    (Pages that hold something can be joined too, at half a gigabyte a second.) A kernel that has none of this says so,
+    and nothing changes.
     """
     madvise = getattr(ctypes.CDLL(None), "madvise", None)
     begin = -(-values.data_ptr() // HUGE_PAGE) * HUGE_PAGE
     size = (values.data_ptr() + values.nbytes - begin) // HUGE_PAGE * HUGE_PAGE
     if madvise is None or values.device != torch.device("cpu") or size <= 0:
         return
-    for advice in (MADV_HUGEPAGE, MADV_COLLAPSE):
+    for advice in (MADV_DONTNEED, MADV_HUGEPAGE):
         madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), advice)

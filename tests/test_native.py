@@ -18,6 +18,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor
 
 import recsys.native
+from recsys.memory import HUGE_PAGE, zeros_on_huge_pages
 from recsys.native import available
 from recsys.sharding import native
 from recsys.sharding.native import KINDS, NativeTables, use_native
@@ -203,3 +204,12 @@ def test_without_the_library_one_line_says_so(tmp_path: Path, monkeypatch: pytes
         assert "FBGEMM's do their work" in line
         assert ("another torch" in line) == damaged
     assert not lines
+
+
+def test_huge_pages_leave_zeros_zeros_and_neighbours_alone() -> None:
+    values = torch.ones(3 * HUGE_PAGE)
+    part = values[HUGE_PAGE // 2 : 5 * HUGE_PAGE // 2].zero_()
+    zeros_on_huge_pages(part)
+    zeros_on_huge_pages(values[:10])
+    assert not part.any()
+    assert values.sum() == HUGE_PAGE

@@ -17,7 +17,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import Tensor, nn
 
-from recsys.memory import use_huge_pages
+from recsys.memory import zeros_on_huge_pages
 from recsys.native import available
 from recsys.sharding.torchrec import batches_of_tables
 
@@ -30,9 +30,15 @@ KINDS: dict[EmbOptimType, str] = {
 
 
 def use_native(module: nn.Module) -> None:
-    """Have the tables under `module` that lie on a CPU looked up and updated by our operators, where they can be."""
+    """Have tables that lie on a CPU looked up and updated by our operators, where they can be.
+
+    Args:
+        module: just sharded: its tables and their state hold zeros.
+    """
     for part in batches_of_tables(module):
         if part.use_cpu and _fits(part) and available():
+            for values in (part.weights_host, part.momentum1_host):
+                zeros_on_huge_pages(values.detach())
             part.forward = NativeTables(part)
 
 
@@ -57,8 +63,6 @@ class NativeTables:
     """
 
     def __init__(self, tables: SplitTableBatchedEmbeddingBagsCodegen) -> None:
-        for values in (tables.weights_host, tables.momentum1_host):
-            use_huge_pages(values.detach())
         self._tables = tables
         self._fbgemm = tables.forward
         self._kind = KINDS[tables.optimizer]
