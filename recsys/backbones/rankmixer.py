@@ -74,7 +74,7 @@ _DEFAULT = RankMixerConfig()
 
 
 class RankMixerBlock(nn.Module):
-    """Tokens [B, T, D] in and out: S = LN(Mix(X) + X), X' = LN(PFFN(S) + S), each LN over D alone.
+    """Tokens [T, B, D] in and out: S = LN(Mix(X) + X), X' = LN(PFFN(S) + S), each LN over D alone.
 
     Mix: token h of Mix(X) is the concatenation over t of head h of x_t, each x_t split in T heads of D / T.
     PFFN: x_t -> GELU(x_t W1_t + b1_t) W2_t + b2_t, D -> expansion * D -> D, with own weights for each token; or, given
@@ -83,7 +83,7 @@ class RankMixerBlock(nn.Module):
 
     def __init__(self, config: RankMixerConfig) -> None:
         super().__init__()
-        self.heads_shape = (-1, config.num_tokens, config.num_tokens, config.token_dim // config.num_tokens)
+        self.num_tokens = config.num_tokens
         self.mix_norm = nn.LayerNorm(config.token_dim)
         sizes = (config.num_tokens, config.token_dim, config.expansion * config.token_dim, config.dropout)
         self.ffn = (
@@ -93,12 +93,13 @@ class RankMixerBlock(nn.Module):
         )
         self.ffn_norm = nn.LayerNorm(config.token_dim)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_TBD: Tensor) -> Tensor:
         """One block."""
-        mixed_BTD = x_BTD.reshape(self.heads_shape).transpose(1, 2).flatten(2)
-        s_BTD = self.mix_norm(mixed_BTD + x_BTD)
-        out_BTD: Tensor = self.ffn_norm(self.ffn(s_BTD) + s_BTD)
-        return out_BTD
+        # Heads become tokens and tokens heads: [T, B, heads, D / T], T heads.
+        mixed_TBD = x_TBD.reshape(*x_TBD.shape[:2], self.num_tokens, -1).transpose(0, 2).flatten(2)
+        s_TBD = self.mix_norm(mixed_TBD + x_TBD)
+        out_TBD: Tensor = self.ffn_norm(self.ffn(s_TBD) + s_TBD)
+        return out_TBD
 
 
 class RankMixer(Backbone):
@@ -122,8 +123,8 @@ class RankMixer(Backbone):
     def forward(self, x_BFD: Tensor) -> Tensor:
         """Map field embeddings [B, F, D] to [B, out_dim]."""
         x_BTK = functional.pad(x_BFD.flatten(1), (0, self.padding)).reshape(self.chunks_shape)
-        x_BTD: Tensor = self.blocks(self.tokenize(x_BTK))
-        return x_BTD.mean(dim=1)
+        x_TBD: Tensor = self.blocks(self.tokenize(x_BTK.transpose(0, 1)))
+        return x_TBD.mean(dim=0)
 
     def flops(self) -> int:
         """Every weight is applied once, those of closed experts too."""

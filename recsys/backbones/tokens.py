@@ -10,7 +10,10 @@ from recsys.backbones.layers import Dropout
 
 
 class TokenLinear(nn.Module):
-    """A linear layer of its own for each of T tokens, y_t = x_t W_t + b_t, as one batched matmul."""
+    """A linear layer of its own for each of T tokens, y_t = x_t W_t + b_t, as one batched matmul.
+
+    Tokens come first in memory, [T, B, K]: so no operand of the product needs to be copied.
+    """
 
     def __init__(self, num_tokens: int, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -19,14 +22,15 @@ class TokenLinear(nn.Module):
         self.weight_TKN = nn.Parameter(torch.empty(num_tokens, in_dim, out_dim).uniform_(-bound, bound))
         self.bias_TN = nn.Parameter(torch.zeros(num_tokens, out_dim))
 
-    def forward(self, x_BTK: Tensor) -> Tensor:
-        """Map tokens [B, T, in_dim] to [B, T, out_dim]."""
-        y_TBN = torch.baddbmm(self.bias_TN.unsqueeze(1), x_BTK.transpose(0, 1), self.weight_TKN)
-        return y_TBN.transpose(0, 1)
+    def forward(self, x_TBK: Tensor) -> Tensor:
+        """Map tokens [T, B, in_dim] to [T, B, out_dim]."""
+        # baddbmm would be one call, and on a CPU copies the bias to each row of the output first.
+        y_TBN = torch.bmm(x_TBK, self.weight_TKN)
+        return y_TBN.add_(self.bias_TN.unsqueeze(1).to(y_TBN.dtype))
 
 
 def token_ffn(num_tokens: int, dim: int, hidden_dim: int, dropout: float) -> nn.Sequential:
-    """Make x_t -> GELU(x_t W1_t + b1_t) W2_t + b2_t for tokens [B, T, dim], with dropout between the two layers."""
+    """Make x_t -> GELU(x_t W1_t + b1_t) W2_t + b2_t for tokens [T, B, dim], with dropout between the two layers."""
     return nn.Sequential(
         TokenLinear(num_tokens, dim, hidden_dim), nn.GELU(), Dropout(dropout), TokenLinear(num_tokens, hidden_dim, dim)
     )
@@ -69,18 +73,18 @@ class SparseMoE(nn.Module):
         # A token's experts are tokens that read the same: token t * E + e is expert e of token t.
         self.experts = token_ffn(num_tokens * num_experts, dim, hidden_dim, dropout)
 
-    def forward(self, s_BTD: Tensor) -> Tensor:
-        """Map tokens [B, T, D] to [B, T, D]."""
-        z_BTE = self.router(s_BTD)
+    def forward(self, s_TBD: Tensor) -> Tensor:
+        """Map tokens [T, B, D] to [T, B, D]."""
+        z_TBE = self.router(s_TBD)
         if self.training:
-            z_BTE = GatePenalty.apply(z_BTE, self.target_active, self.l1)  # type: ignore[no-untyped-call]
-        gates_BTE = torch.relu(z_BTE)
-        v_BTED = self.experts(s_BTD.repeat_interleave(self.num_experts, dim=1)).unflatten(1, (-1, self.num_experts))
-        return (gates_BTE.unsqueeze(3) * v_BTED).sum(dim=2)
+            z_TBE = GatePenalty.apply(z_TBE, self.target_active, self.l1)  # type: ignore[no-untyped-call]
+        gates_TEB = torch.relu(z_TBE).transpose(1, 2)
+        v_TEBD = self.experts(s_TBD.repeat_interleave(self.num_experts, dim=0)).unflatten(0, (-1, self.num_experts))
+        return (gates_TEB.unsqueeze(3) * v_TEBD).sum(dim=1)
 
 
 class GatePenalty(torch.autograd.Function):
-    """Gates before their ReLU, z [B, T, E], as they are; backward adds the gradient of SparseMoE's penalty.
+    """Gates before their ReLU, z [T, B, E], as they are; backward adds the gradient of SparseMoE's penalty.
 
     A backbone has no loss to add it to.
     """
@@ -88,22 +92,22 @@ class GatePenalty(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(z_BTE: Tensor, target: float, l1: float) -> Tensor:
+    def forward(z_TBE: Tensor, target: float, l1: float) -> Tensor:
         """Pass z through."""
-        return z_BTE.view_as(z_BTE)
+        return z_TBE.view_as(z_TBE)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float, float], output: Tensor) -> None:
         """Keep z and the penalty's two numbers."""
-        z_BTE, ctx.target, ctx.l1 = inputs
-        ctx.save_for_backward(z_BTE)
+        z_TBE, ctx.target, ctx.l1 = inputs
+        ctx.save_for_backward(z_TBE)
 
     @staticmethod
-    def backward(ctx: Any, grad_BTE: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_TBE: Tensor) -> tuple[Tensor, None, None]:
         """Above the budget push the open gates down, below it the closed ones up, by l1 / B times the distance."""
-        (z_BTE,) = ctx.saved_tensors
-        open_BTE = (z_BTE > 0).float()
-        excess_B11 = open_BTE.mean(dim=(1, 2), keepdim=True) - ctx.target
-        pushed_BTE = torch.where(excess_B11 > 0, open_BTE, 1.0 - open_BTE)
-        penalty_BTE = ctx.l1 / max(len(z_BTE), 1) * excess_B11 * pushed_BTE
-        return grad_BTE + penalty_BTE.to(grad_BTE.dtype), None, None
+        (z_TBE,) = ctx.saved_tensors
+        open_TBE = (z_TBE > 0).float()
+        excess_1B1 = open_TBE.mean(dim=(0, 2), keepdim=True) - ctx.target
+        pushed_TBE = torch.where(excess_1B1 > 0, open_TBE, 1.0 - open_TBE)
+        penalty_TBE = ctx.l1 / max(z_TBE.shape[1], 1) * excess_1B1 * pushed_TBE
+        return grad_TBE + penalty_TBE.to(grad_TBE.dtype), None, None

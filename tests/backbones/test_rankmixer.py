@@ -51,7 +51,7 @@ def watch_gates(backbone: nn.Module) -> list[Tensor]:
     watched: list[Tensor] = []
     for part in backbone.modules():
         if isinstance(part, SparseMoE):
-            part.router.register_forward_hook(lambda _router, _inputs, z_BTE: watched.append(z_BTE))
+            part.router.register_forward_hook(lambda _router, _inputs, z_TBE: watched.append(z_TBE.transpose(0, 1)))
     return watched
 
 
