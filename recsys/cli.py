@@ -41,6 +41,11 @@ STUDY_VERBS: dict[str, str] = {
     "compression": "what do embeddings of 10 to 10,000 times fewer floats cost in quality, and gain in speed?",
 }
 
+# `recsys bench VERB`
+BENCH_VERBS: dict[str, str] = {
+    "compare": "two files of benchmark results side by side; can fail where a ratio fell",
+}
+
 VERBS = {
     "synth": "write a synthetic click log in Criteo's format, with known true probabilities",
     "prepare": "raw click logs to Parquet and schema.json",
@@ -56,6 +61,7 @@ VERBS = {
     "sweep": "train a recipe with other settings again and again, and keep the best",
     "plan": "where tables go on a cluster that need not be there: memory and step time; `recsys plan diff A B`",
     "shard-bench": "run sharding plans on what is at hand: measured beside predicted, and rates fitted to it",
+    "bench": "results of benchmarks: `recsys bench --help`",
     "backbones": "list the backbones, with parameters and FLOPs a row as they scale",
     "doctor": "check that the environment works, and say what mends it",
 }
@@ -64,6 +70,9 @@ VERBS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0, 1 where a check failed, 2 for bad input."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # Before torch is imported: threads that wait for one another sleep, not spin. On a core that something else needs
+    # too, a step took 1.4 times as long, and on free ones it takes the same.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         if arguments[:1] == ["--version"]:
             from recsys import __version__
@@ -423,6 +432,20 @@ def _shard_bench(arguments: list[str]) -> int:
 
     shard_bench(config)
     return 0
+
+
+def _bench(arguments: list[str]) -> int:
+    return _run("bench", BENCH_VERBS, arguments)
+
+
+def _bench_compare(arguments: list[str]) -> int:
+    from recsys.reporting.bench import CompareConfig, bench_compare
+
+    config = _parse(CompareConfig, "bench compare", arguments)
+    fallen = bench_compare(config)
+    if fallen:
+        print(*fallen, sep="\n", file=sys.stderr)
+    return 1 if fallen else 0
 
 
 def _backbones(arguments: list[str]) -> int:
