@@ -18,7 +18,6 @@ from recsys.data.loader import PREFETCHED_BATCHES, LoaderConfig, prefetch
 from tests.batches import batch_of
 from tests.tiny_log import STEPS, flat, global_batches, loader, rows, write
 
-
 EARLIER: set[threading.Thread] = set()
 
 

@@ -83,7 +83,7 @@ class RankMixerBlock(nn.Module):
 
     def __init__(self, config: RankMixerConfig) -> None:
         super().__init__()
-        self.num_tokens = config.num_tokens
+        self.heads_shape = config.num_tokens, config.token_dim // config.num_tokens
         self.mix_norm = nn.LayerNorm(config.token_dim)
         sizes = (config.num_tokens, config.token_dim, config.expansion * config.token_dim, config.dropout)
         self.ffn = (
@@ -96,7 +96,7 @@ class RankMixerBlock(nn.Module):
     def forward(self, x_TBD: Tensor) -> Tensor:
         """One block."""
         # Heads become tokens and tokens heads: [T, B, heads, D / T], T heads.
-        mixed_TBD = x_TBD.reshape(*x_TBD.shape[:2], self.num_tokens, -1).transpose(0, 2).flatten(2)
+        mixed_TBD = x_TBD.reshape(*x_TBD.shape[:2], *self.heads_shape).transpose(0, 2).flatten(2)
         s_TBD = self.mix_norm(mixed_TBD + x_TBD)
         out_TBD: Tensor = self.ffn_norm(self.ffn(s_TBD) + s_TBD)
         return out_TBD
