@@ -18,8 +18,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-# As `recsys` does, before torch is imported: threads that wait sleep.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# As `recsys` does, before torch is imported: threads that wait for one another soon sleep.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import tyro
 from rich.console import Console
