@@ -20,6 +20,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor
 
 from recsys.native import available
+from recsys.memory import zeros_on_huge_pages
 from recsys.sharding.native import NativeTables
 from recsys.sharding.torchrec import TableOptimizer
 from recsys.sharding.workload import STATE_VALUES, OptimizerKind
@@ -86,7 +87,7 @@ class Sizes:
 
 
 def make_tables(sizes: Sizes, device: torch.device) -> SplitTableBatchedEmbeddingBagsCodegen:
-    """FBGEMM's batch of tables, with all of its memory touched: values change no time."""
+    """FBGEMM's batch of tables, on huge pages as in training, with all of its memory touched: values change no time."""
     place = (EmbeddingLocation.HOST, ComputeDevice.CPU)
     if device.type == "cuda":
         place = (EmbeddingLocation.DEVICE, ComputeDevice.CUDA)
@@ -95,6 +96,9 @@ def make_tables(sizes: Sizes, device: torch.device) -> SplitTableBatchedEmbeddin
         device=device,
         **TableOptimizer(kind=sizes.optimizer, lr=LR, eps=EPS).fused_params,
     )
+    if device.type == "cpu":
+        for values in (made.weights_host, made.momentum1_host):
+            zeros_on_huge_pages(values.detach())
     for weight in made.split_embedding_weights():
         weight.fill_(VALUE)
     for states in made.split_optimizer_states():

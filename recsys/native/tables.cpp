@@ -198,8 +198,10 @@ void lookup(const std::vector<Feature>& features, const at::Tensor& weights, con
   const auto* all_offsets = offsets.const_data_ptr<Id>();
   const auto* all_ids = ids.const_data_ptr<Id>();
   TORCH_CHECK_INDEX(all_offsets[0] == 0 && all_offsets[offsets.numel() - 1] == ids.numel(), "offsets do not fit ids");
-  at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t past) {
-    for (int64_t block = first; block < past; ++block) {
+  // Threads take blocks as they come to them: one whose core has something else to do holds up no other.
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), blocks), 1, [&](int64_t, int64_t) {
+    for (int64_t block; (block = next.fetch_add(1)) < blocks;) {
       const int64_t begin = block * kBlock, end = std::min(begin + kBlock, batch_size);
       for (size_t f = 0; f < features.size(); ++f) {
         const Id* bags = all_offsets + static_cast<int64_t>(f) * batch_size;
