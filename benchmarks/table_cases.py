@@ -19,8 +19,8 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import Tensor
 
-from recsys.native import available
 from recsys.memory import zeros_on_huge_pages
+from recsys.native import available
 from recsys.sharding.native import NativeTables
 from recsys.sharding.torchrec import TableOptimizer
 from recsys.sharding.workload import STATE_VALUES, OptimizerKind
