@@ -162,4 +162,4 @@ class Gate:
             if key not in ratios:
                 raise InputError(f"gate: no ratio {key!r} was measured; there are {', '.join(sorted(ratios))}")
         found = {key: (ratios[key]["median"], least) for key, least in self.least.items()}
-        return [f"{key} {got:.3g} is below {least:.3g}" for key, (got, least) in found.items() if got < least]
+        return [f"{key} {got:.3g} is below {least:.3g}" for key, (got, least) in found.items() if not got >= least]

@@ -29,7 +29,7 @@ from baselines.sparse_bags import SparseBags
 from baselines.torchrec_default import TorchRecDefault
 from harness import Runner, runner
 from recsys import native
-from recsys.config import dump, load
+from recsys.config import InputError, dump, load
 from recsys.data.batch import Batch
 from recsys.data.schema import Schema
 from recsys.distributed import World, process_group
@@ -149,18 +149,17 @@ class LocalJob:
     def _traffic(self) -> TableTraffic:
         """Of the batches that come first, on average, with the rows that they look up counted."""
         num_batches = min(COUNTED_BATCHES, self._loader.steps_per_epoch)
-        lookups = bags = unique = 0
+        bags = unique = 0
         stream = self._loader.epoch(0)
         for batch in itertools.islice(stream, num_batches):
             ids = batch.sparse
-            lookups += ids.values().numel()
             bags += ids.lengths().numel()
             unique += sum(len(ids[feature].values().unique()) for feature in self.schema.sparse)
         stream.close()  # type: ignore[attr-defined]
         of_row, of_element = STATE_VALUES[self.setting.optimizer.tables]
-        dim, members = self.setting.dim, len(self.specs)
+        dim = self.setting.dim
+        members = 1 if self.setting.model.tables == "shared" else len(self.specs)
         return TableTraffic(
-            lookups=members * lookups // num_batches,
             bags=members * bags // num_batches,
             unique_rows=members * unique // num_batches,
             row_bytes=dim * BYTES[self.setting.model.table_dtype],
@@ -177,7 +176,7 @@ class RankedJob:
     """The cases of one setting on ranks of its own, which torchrun starts on this machine.
 
     Raises:
-        RuntimeError: a rank ended before its time; what it said stands above.
+        InputError: a rank ended before its time; what it said stands above.
     """
 
     def __init__(self, setting: Setting, data: Path) -> None:
@@ -220,7 +219,7 @@ class RankedJob:
             if line.startswith("{"):
                 return json.loads(line)["answer"]
         self.close()
-        raise RuntimeError(f"a rank of the job ended with {self._process.returncode}; its standard error tells why")
+        raise InputError(f"a rank of the job ended with {self._process.returncode}; its standard error tells why")
 
 
 class Jobs:

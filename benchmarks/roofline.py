@@ -115,12 +115,10 @@ class Floor:
 class TableTraffic:
     """Bytes that tables must move in one step, over all members and fields of a rank.
 
-    A lookup reads its row and writes what is pooled of them; the backward reads the gradient of that, and reads and
-    writes each row that is looked up, and its optimizer's state, once.
+    A lookup reads each row once, however often it is in the batch, and writes what is pooled; the backward reads the
+    gradient of that, and reads and writes each row that is looked up, and its optimizer's state, once.
     """
 
-    lookups: int
-    """Ids of the batch."""
     bags: int
     """Vectors that come out: one a row and field."""
     unique_rows: int
@@ -134,7 +132,7 @@ class TableTraffic:
     @property
     def random(self) -> int:
         """Bytes that lie anywhere: of rows, and of their state."""
-        return self.lookups * self.row_bytes + 2 * self.unique_rows * (self.row_bytes + self.state_bytes)
+        return self.unique_rows * (3 * self.row_bytes + 2 * self.state_bytes)
 
     @property
     def streamed(self) -> int:
@@ -147,8 +145,8 @@ class TableTraffic:
         return self.random + self.streamed
 
     def seconds(self, ceilings: "Ceilings") -> float:
-        """What they take at the measured ceilings: the floor of the tables."""
-        return self.random / ceilings.gather_bytes_per_s + self.streamed / ceilings.copy_bytes_per_s
+        """What they take at the speed of a copy: the floor of the tables, which rows at random places do not reach."""
+        return self.total / ceilings.copy_bytes_per_s
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,6 +91,11 @@ class Config:
             raise ValueError(f"gate {self.gate} says what is measured; leave out several values of {several[0]}")
         if self.baselines and max(self.ranks) > 1:
             raise ValueError("baselines train on one rank; leave them out, or use ranks 1")
+        if self.baselines and (self.model.tables, self.model.embeddings) != ("private", "tables"):
+            raise ValueError(
+                "baselines have private whole tables; leave them out, or use model.tables private and "
+                "model.embeddings tables"
+            )
         self.settings()
 
     @property

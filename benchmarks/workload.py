@@ -61,6 +61,7 @@ class Setting:
         for name in ("fields", "rows_per_table", "pooling", "batch_size", "members", "ranks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        replace(self.model, embedding_dim=self.dim)  # refuses a width that cannot be
         if self.batch_size % self.ranks:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of ranks {self.ranks}")
         if self.model.embedding_dim not in (ModelConfig().embedding_dim, self.dim):

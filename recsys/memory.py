@@ -7,6 +7,7 @@ from torch import Tensor
 
 # Of glibc's mallopt: what the end of the heap may hold unused, and from what size a block is mapped of its own.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, KEPT_BYTES = -1, -3, 2**30
+OLD_MMAP_THRESHOLD = 2**25
 # Of Linux's madvise: forget what is there, which then reads as zeros; and take pages of 2 MiB where they are touched.
 MADV_DONTNEED, MADV_HUGEPAGE, HUGE_PAGE = 4, 14, 2 * 2**20
 
@@ -14,9 +15,19 @@ MADV_DONTNEED, MADV_HUGEPAGE, HUGE_PAGE = 4, 14, 2 * 2**20
 def keep_freed() -> None:
     """Have glibc keep what a step frees for the next one, which would else fault the same pages in again."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            mallopt(option, KEPT_BYTES)
+    if mallopt is None:
+        return
+    mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+    # Older ones take no more than half of what a thread's heap may hold.
+    if not mallopt(M_MMAP_THRESHOLD, KEPT_BYTES):
+        mallopt(M_MMAP_THRESHOLD, OLD_MMAP_THRESHOLD)
+
+
+def give_back_freed() -> None:
+    """Return to the kernel what was freed, and will not be needed again."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def zeros_on_huge_pages(values: Tensor) -> None:

@@ -49,6 +49,13 @@ def test_a_ratio_that_is_no_longer_measured_is_told(tmp_path: Path) -> None:
     assert compare(a, b).notes == [f"only in {a}: share of speed: batch=4"]
 
 
+@pytest.mark.parametrize("now", [{}, {"share": {"median": float("nan")}}])
+def test_a_ratio_that_is_gone_or_no_number_has_fallen(now: dict[str, Any], tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a.json", [line()]), write(tmp_path / "b.json", [line() | {"ratios": now}])
+    (fallen,) = compare(a, b).fallen(0.5)
+    assert "share" in fallen
+
+
 def test_order_of_a_config_does_not_matter(tmp_path: Path) -> None:
     a = write(tmp_path / "a.json", [line({"batch": 4, "dim": 8})])
     b = write(tmp_path / "b.json", [line({"dim": 8, "batch": 4})])

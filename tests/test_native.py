@@ -152,6 +152,9 @@ def test_offsets_that_do_not_fit_are_an_error() -> None:
         forward(ids[:-1], offsets)
     with pytest.raises(RuntimeError, match="offsets"):
         forward(ids, offsets[:-1])
+    offsets[5], offsets[6] = 9, 5
+    with pytest.raises(IndexError, match="offsets do not fit"):
+        forward(ids, offsets)
 
 
 def test_weighted_sums_are_fbgemms() -> None:

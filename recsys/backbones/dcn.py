@@ -60,7 +60,8 @@ class DCN(Backbone):
         """Map field embeddings [B, F, D] to [B, out_dim]."""
         x0_BK = x_BFD.flatten(1)
         # Under autocast the product is bf16, where 1 + it would lose digits of x_0 itself.
-        gain_BL = 1 + self.cross(x0_BK).to(x0_BK.dtype)
+        product_BL = self.cross(x0_BK)
+        gain_BL = 1 + product_BL.to(torch.promote_types(product_BL.dtype, torch.float32))
         c_LK = self.bias_LK.cumsum(dim=0)
         shift_L = (c_LK[:-1] * self.cross.weight[1:]).sum(dim=1)
         a_B1 = gain_BL[:, :1]

@@ -38,8 +38,9 @@ class DeepFM(Backbone):
         """Map field embeddings [B, F, D] to [B, out_dim]."""
         x_BK = x_BFD.flatten(1)
         # All pairs at once: sum_{i<j} <e_i, e_j> = (|sum_i e_i|^2 - sum_i |e_i|^2) / 2.
-        sum_BD = x_BFD.sum(dim=1)
-        second_B = (sum_BD.square().sum(dim=1) - x_BK.square().sum(dim=1)) / 2
+        # A small difference of large sums: never of bf16.
+        wide_BFD = x_BFD.to(torch.promote_types(x_BFD.dtype, torch.float32))
+        second_B = (wide_BFD.sum(dim=1).square().sum(dim=1) - wide_BFD.square().sum(dim=(1, 2))) / 2
         return torch.cat([self.first_order(x_BK), second_B.unsqueeze(1), self.mlp(x_BK)], dim=1)
 
     def flops(self) -> int:

@@ -27,6 +27,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.config import InputError
 from recsys.embeddings.config import ServedDtype
+from recsys.memory import give_back_freed
 
 BITS: dict[ServedDtype, int] = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4, "int2": 2}
 SPARSE_TYPES: dict[ServedDtype, SparseType] = {
@@ -184,6 +185,7 @@ def _free(trained: nn.Module) -> None:
     """
     for tensor in itertools.chain(trained.parameters(), trained.buffers()):
         tensor.untyped_storage().resize_(0)
+    give_back_freed()
 
 
 def _quantise_collection(

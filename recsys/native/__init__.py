@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -12,9 +13,9 @@ log = logging.getLogger(__name__)
 @functools.cache
 def available() -> bool:
     """Load the operators `torch.ops.recsys.*`, or say in one line why there are none and what that costs."""
-    libraries = sorted(Path(__file__).parent.glob("tables*.so"))
+    library = Path(__file__).with_name(f"tables{sysconfig.get_config_var('EXT_SUFFIX')}")
     reason = "not built: there was no compiler"
-    for library in libraries:
+    if library.exists():
         try:
             torch.ops.load_library(library)  # type: ignore[no-untyped-call]
         except OSError as error:

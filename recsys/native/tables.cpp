@@ -158,8 +158,9 @@ constexpr int64_t kBlock = 128;
 constexpr int64_t kPartsAThread = 3;
 // Fewer lookups than that are not worth a part: each part reads all ids of its table.
 constexpr int64_t kLeastLookups = 2048;
-// The sums of a part stay in the cache of a core.
+// The sums of a part stay in the cache of a core, unless that takes more parts than this.
 constexpr int64_t kSumsBytes = 512 * 1024;
+constexpr int64_t kMostParts = 16;
 
 std::vector<Feature> features_of(const at::Tensor& tables) {
   TORCH_CHECK(tables.dim() == 2 && tables.size(1) == kFacts && tables.is_contiguous(), "tables [F, 6] expected");
@@ -205,6 +206,9 @@ void lookup(const std::vector<Feature>& features, const at::Tensor& weights, con
       const int64_t begin = block * kBlock, end = std::min(begin + kBlock, batch_size);
       for (size_t f = 0; f < features.size(); ++f) {
         const Id* bags = all_offsets + static_cast<int64_t>(f) * batch_size;
+        for (int64_t bag = begin; bag < end; ++bag) {
+          TORCH_CHECK_INDEX(bags[bag] <= bags[bag + 1] && bags[bag + 1] <= ids.numel(), "offsets do not fit ids");
+        }
         check_ids(features[f], static_cast<int64_t>(f), all_ids, bags[begin], bags[end]);
         RECSYS_FOR_DIM(features[f].dim, {
           const auto kernel = RECSYS_WIDEST(sum_bags, D, Id);
@@ -247,9 +251,10 @@ std::vector<Task> tasks_of(const std::vector<Feature>& features, const Id* offse
   for (const Task& table : tables) {
     if (!table.lookups) continue;
     TORCH_CHECK(table.lookups < kNone, "a table with ", table.lookups, " lookups: at most 2^32 - 2");
-    const int64_t sums_bytes = table.lookups * features[table.features.front()].dim * static_cast<int64_t>(sizeof(float));
+    const Feature& first = features[table.features.front()];
+    const int64_t sums_bytes = std::min(table.lookups, first.rows) * first.dim * static_cast<int64_t>(sizeof(float));
     const int64_t balanced = threads == 1 ? 1 : (table.lookups + most - 1) / most;
-    const auto parts = static_cast<int>(std::max(balanced, (sums_bytes + kSumsBytes - 1) / kSumsBytes));
+    const auto parts = static_cast<int>(std::max(balanced, std::min((sums_bytes + kSumsBytes - 1) / kSumsBytes, kMostParts)));
     for (int part = 0; part < parts; ++part) tasks.push_back({table.features, table.lookups / parts, part, parts});
   }
   std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.lookups > b.lookups; });

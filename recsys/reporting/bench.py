@@ -59,13 +59,16 @@ class Comparison:
     changes: list[Change]
     notes: list[str]
     """One line each: machines that differ, results that only one file has."""
+    lost: list[str]
+    """Ratios of results in common that A alone has."""
 
     def fallen(self, fail_below: float) -> list[str]:
-        """One line a ratio that fell below that share of what it was."""
-        return [
+        """One line a ratio that fell below that share of what it was, is no number, or is gone."""
+        lost = [f"{ratio}: in A alone" for ratio in self.lost]
+        return lost + [
             f"{change.result}: {change.key} is {change.share:.3f} of what it was ({change.a:.4g}, now {change.b:.4g})"
             for change in self.changes
-            if change.is_ratio and change.share is not None and change.share < fail_below
+            if change.is_ratio and change.share is not None and not change.share >= fail_below
         ]
 
 
@@ -113,6 +116,7 @@ def compare(a: Path, b: Path) -> Comparison:
         if key not in others
     ]
     changes: list[Change] = []
+    lost: list[str] = []
     foreign: dict[str, None] = {}
     for key in common:
         one, other = first[key], second[key]
@@ -122,6 +126,7 @@ def compare(a: Path, b: Path) -> Comparison:
         gone = [name for name, _ in _numbers(one["ratios"]) if name not in dict(_numbers(other["ratios"]))]
         if gone:
             notes.append(f"only in {a}: {', '.join(gone)} of {_title(one)}")
+            lost += [f"{_title(one)}: {name}" for name in gone]
         parts = ("ratios", "metrics") if machines[0] == machines[1] else ("ratios",)
         for part in parts:
             now = dict(_numbers(other[part]))
@@ -130,7 +135,7 @@ def compare(a: Path, b: Path) -> Comparison:
                 for name, value in _numbers(one[part])
                 if name in now
             ]
-    return Comparison(changes, [*foreign, *notes])
+    return Comparison(changes, [*foreign, *notes], lost)
 
 
 def _results(path: Path) -> dict[str, Mapping[str, Any]]:

@@ -22,9 +22,6 @@ DENSE_SHARD_PASSES = 4
 read to find the rows that are not zero (2); only those are updated."""
 UPDATE_PASSES = 2
 """A row is read and written."""
-ADAGRAD_ON_CPU = 8
-"""How much longer a row takes to update where each element has an accumulator: FBGEMM has vector code for row-wise
-Adagrad alone on a CPU (measured)."""
 REDUCE_SCATTER_ON_CPU = 2
 """What gloo sends, as a share of what it need send: it sums all of it on every rank and throws the others' away."""
 SORTED_IDS = 4
@@ -140,7 +137,7 @@ class CostModel:
         work.gather(
             "update",
             kernel,
-            UPDATE_PASSES * distinct * (row_bytes + state_bytes) * self._slow_rows(),
+            UPDATE_PASSES * distinct * (row_bytes + state_bytes),
             (pooled + ids * columns) * 4 + DENSE_SHARD_PASSES * gradient,
         )
         # Ids of two batches, since one is sent while another is worked on; pooled embeddings and their gradients.
@@ -174,9 +171,6 @@ class CostModel:
     @property
     def _on_cpu(self) -> bool:
         return self.cluster.hardware.device == "cpu"
-
-    def _slow_rows(self) -> int:
-        return ADAGRAD_ON_CPU if self._on_cpu and self.workload.optimizer == "adagrad" else 1
 
     def _reduce_scatter(self) -> int:
         return REDUCE_SCATTER_ON_CPU if self._on_cpu else 1

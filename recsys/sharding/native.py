@@ -124,7 +124,8 @@ class _Lookup(torch.autograd.Function):
 
 def _facts(tables: SplitTableBatchedEmbeddingBagsCodegen) -> Tensor:
     """What the operators know of each feature [F, 6]: see `Feature` in native/tables.cpp."""
-    table_of = tables.feature_table_map
+    table_of = list(tables.feature_table_map)
+    assert table_of == sorted(table_of), "features of one table stand next to one another"
     states = tables.momentum1_offsets.tolist() if KINDS[tables.optimizer] != "sgd" else [0] * len(table_of)
     columns = tables.D_offsets.tolist()
     weights = tables.weights_offsets.tolist()

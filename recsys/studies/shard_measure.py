@@ -19,8 +19,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.distributed import World
 from recsys.sharding.cluster import PHASES
+from recsys.sharding.native import use_native
 from recsys.sharding.plan import Plan
-from recsys.sharding.torchrec import TableOptimizer, TableSharder, sharding_plan
+from recsys.sharding.torchrec import TableOptimizer, TableSharder, mend_empty, sharding_plan
 from recsys.sharding.workload import Workload
 from recsys.studies.shard_cases import DENSE_HIDDEN
 
@@ -52,6 +53,8 @@ class Bench:
             ShardingEnv.from_process_group(dist.group.WORLD),
             world.device,
         )
+        mend_empty(self.tables)
+        use_native(self.tables)
         replicated = list(dict(in_backward_optimizer_filter(self.tables.named_parameters())).values())
         self.replicated: torch.optim.Optimizer | None = None
         if replicated:
