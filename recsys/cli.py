@@ -70,9 +70,6 @@ VERBS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0, 1 where a check failed, 2 for bad input."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # Before torch is imported: threads that wait for one another soon sleep, not spin. On a core that something else
-    # needs too, a step took 1.4 times as long, and on free ones it takes the same.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         if arguments[:1] == ["--version"]:
             from recsys import __version__
