@@ -27,11 +27,12 @@ LOAD_TIMEOUT_SECONDS = 120
 _LOAD = """
 import json
 import torch, torchrec, fbgemm_gpu
+from recsys.native import available
 gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 for device in ["cpu", *(["cuda"] if gpus else [])]:
     offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(torch.tensor([1, 2, 3], device=device))
     assert offsets.tolist() == [0, 1, 3, 6], offsets
-print(json.dumps({"cuda": torch.version.cuda, "gpus": gpus}))
+print(json.dumps({"cuda": torch.version.cuda, "gpus": gpus, "native": available()}))
 """
 
 
@@ -54,11 +55,12 @@ class Check:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What the process that loaded the trio said: its error, or torch's CUDA version and the GPUs that it sees."""
+    """What the process that loaded the trio said: its error, or torch's CUDA version, its GPUs, our operators."""
 
     error: str = ""
     cuda: str | None = None
     gpus: tuple[str, ...] = ()
+    native: bool = False
 
 
 def diagnose() -> list[Check]:
@@ -79,6 +81,12 @@ def diagnose() -> list[Check]:
         _check_fbgemm(install_trio),
         trio,
         _check_load(loaded, rebuild if trio.ok else install_trio),
+        # Training works without, so this is no fault.
+        Check(
+            "native",
+            True,
+            "table operators in C++" if loaded.native else "none: FBGEMM updates tables, slower on a CPU",
+        ),
         _check_device(loaded, accelerator, rebuild),
         Check("cores", True, str(len(os.sched_getaffinity(0)))),
         _check_installed("torchx", "pip install torchx==0.7.0"),
@@ -111,7 +119,7 @@ def _load_trio() -> _Loaded:
     if done.returncode > 0:
         return _Loaded(error=(done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1])
     answer = json.loads(done.stdout.splitlines()[-1])
-    return _Loaded(cuda=answer["cuda"], gpus=tuple(answer["gpus"]))
+    return _Loaded(cuda=answer["cuda"], gpus=tuple(answer["gpus"]), native=answer["native"])
 
 
 def _check_python() -> Check:

@@ -19,7 +19,7 @@ VERSIONS = {
     "polars": "2.1.0",
     "pyarrow": "26.0.1",
 }
-NAMES = ["python", "torch", "torchrec", "fbgemm", "trio", "load", "device", "cores", "torchx", "torchrun"]
+NAMES = ["python", "torch", "torchrec", "fbgemm", "trio", "load", "native", "device", "cores", "torchx", "torchrun"]
 NAMES += ["polars", "pyarrow"]
 
 
@@ -32,7 +32,7 @@ class Machine:
         self.scripts = scripts
         self.programs = {"torchrun": str(scripts / "torchrun")}
         self.returncode = 0
-        self.stdout = json.dumps({"cuda": None, "gpus": []})
+        self.stdout = json.dumps({"cuda": None, "gpus": [], "native": True})
         self.stderr = ""
         self.hangs = False
 
@@ -48,7 +48,7 @@ class Machine:
 
     def has_gpu(self, cuda: str | None, gpus: tuple[str, ...] = ("NVIDIA H100",)) -> None:
         self.programs["nvidia-smi"] = "/usr/bin/nvidia-smi"
-        self.stdout = json.dumps({"cuda": cuda, "gpus": list(gpus)})
+        self.stdout = json.dumps({"cuda": cuda, "gpus": list(gpus), "native": True})
 
 
 @pytest.fixture
