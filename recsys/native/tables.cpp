@@ -1,9 +1,10 @@
 // Lookup and update of embedding tables on a CPU, near the speed of its memory; see recsys/sharding/native.py.
 //
-// FBGEMM's update takes about 0.7 us a distinct row. This one finds the distinct ids of a table in a hash table that
-// stays in the cache, sums their gradients in one that does so too, and then goes through the rows once, asking for them
-// well ahead of their use. A table is one thread's, or a part of its ids, chosen by their hash, so no row is
-// written by two; gradients of a row are summed in the order of the batch, whatever the number of threads.
+// The update finds the distinct ids of a table in a hash table that stays in the cache, sums their gradients in one
+// that does so too, and then goes through the rows once, asking for them well ahead of their use. A table is one
+// thread's, or a part of its ids, chosen by their hash, so no row is written by two; gradients of a row are summed in
+// the order of the batch, whatever the number of threads. Threads take tables from a queue and meet once: FBGEMM's
+// meet several times a table, and wait there for whichever has lost its core.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -187,7 +188,9 @@ void check(const at::Tensor& weights, const at::Tensor& ids, const at::Tensor& o
 template <typename Id>
 void check_ids(const Feature& feature, int64_t f, const Id* ids, int64_t begin, int64_t end) {
   uint64_t highest = 0;  // of negative ids too, which are beyond all others
-  for (int64_t at = begin; at < end; ++at) highest = std::max(highest, static_cast<uint64_t>(static_cast<int64_t>(ids[at])));
+  for (int64_t at = begin; at < end; ++at) {
+    highest = std::max(highest, static_cast<uint64_t>(static_cast<int64_t>(ids[at])));
+  }
   TORCH_CHECK_INDEX(begin == end || highest < static_cast<uint64_t>(feature.rows), "feature ", f, " has id ",
                     static_cast<int64_t>(highest), ", its table ", feature.rows, " rows");
 }
@@ -239,7 +242,9 @@ std::vector<Task> tasks_of(const std::vector<Feature>& features, const Id* offse
   std::vector<Task> tables;
   int64_t lookups = 0;
   for (int64_t f = 0; f < static_cast<int64_t>(features.size()); ++f) {
-    if (tables.empty() || features[f].table != features[tables.back().features.front()].table) tables.push_back({{}, 0, 0, 1});
+    if (tables.empty() || features[f].table != features[tables.back().features.front()].table) {
+      tables.push_back({{}, 0, 0, 1});
+    }
     const int64_t own = offsets[(f + 1) * batch_size] - offsets[f * batch_size];
     tables.back().features.push_back(f);
     tables.back().lookups += own;
@@ -254,7 +259,8 @@ std::vector<Task> tasks_of(const std::vector<Feature>& features, const Id* offse
     const Feature& first = features[table.features.front()];
     const int64_t sums_bytes = std::min(table.lookups, first.rows) * first.dim * static_cast<int64_t>(sizeof(float));
     const int64_t balanced = threads == 1 ? 1 : (table.lookups + most - 1) / most;
-    const auto parts = static_cast<int>(std::max(balanced, std::min((sums_bytes + kSumsBytes - 1) / kSumsBytes, kMostParts)));
+    const int64_t cached = std::min((sums_bytes + kSumsBytes - 1) / kSumsBytes, kMostParts);
+    const auto parts = static_cast<int>(std::max(balanced, cached));
     for (int part = 0; part < parts; ++part) tasks.push_back({table.features, table.lookups / parts, part, parts});
   }
   std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.lookups > b.lookups; });
