@@ -122,7 +122,7 @@ def test_flops_and_memory_of_the_dense_part_are_counted_by_hand() -> None:
     assert counts(work, 0, "dense", "memory_gbs") == pytest.approx(3 * 4 * values * 16)
 
 
-def test_elementwise_adagrad_is_slower_on_a_cpu_alone() -> None:
+def test_an_update_moves_the_same_bytes_on_a_cpu_and_on_a_gpu() -> None:
     case = Case("column_wise", 64, 10, 16, 2, ONE)
     workload = case.workload(ROWS)
     plan = case.plan(workload)
@@ -130,7 +130,8 @@ def test_elementwise_adagrad_is_slower_on_a_cpu_alone() -> None:
     cpu, gpu = (amounts(workload, plan, Cluster(hardware=HARDWARE[name], ranks_per_node=4)) for name in ("cpu", "h100"))
     # 640 ids reach 100 (1 - e^-6.4) and 40 (1 - e^-16) rows, of which it has 4 columns of weight and accumulator.
     rows = 100 * (1 - np.exp(-6.4)) + 40 * (1 - np.exp(-16))
-    assert (cpu.work[at] - gpu.work[at]) * 1e9 == pytest.approx(7 * 2 * rows * 4 * (4 + 4))
+    assert cpu.work[at] == gpu.work[at]
+    assert cpu.work[at] * 1e9 > 2 * rows * 4 * (4 + 4)
 
 
 def test_every_case_has_a_plan_that_holds() -> None:
