@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -96,7 +97,7 @@ class RankMixerBlock(nn.Module):
     def forward(self, x_TBD: Tensor) -> Tensor:
         """One block."""
         # Heads become tokens and tokens heads: [T, B, heads, D / T], T heads.
-        mixed_TBD = x_TBD.reshape(*x_TBD.shape[:2], *self.heads_shape).transpose(0, 2).flatten(2)
+        mixed_TBD = torch.unflatten(x_TBD, 2, self.heads_shape).transpose(0, 2).flatten(2)
         s_TBD = self.mix_norm(mixed_TBD + x_TBD)
         out_TBD: Tensor = self.ffn_norm(self.ffn(s_TBD) + s_TBD)
         return out_TBD
