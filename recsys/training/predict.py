@@ -17,6 +17,7 @@ from recsys.embeddings.precision import for_inference
 from recsys.embeddings.quantised import TableBytes, quantise_tables
 from recsys.members import MemberSpec
 from recsys.merge.rules import FITTED, Merge
+from recsys.training.casts import cast_once
 from recsys.training.checkpoint import folder as checkpoints
 from recsys.training.checkpoint.load import load, load_averages
 from recsys.training.config import TrainConfig
@@ -71,12 +72,13 @@ class Predictor:
         specs = [self._spec(name) for name in members] if members else self.config.specs()
         self.specs = [replace(spec, model=for_inference(spec.model, world.device)) for spec in specs]
         local_batch_size = max(self.config.train.batch_size // world.size, 1)
-        self.task, _, _ = shard(self.config, self.schema, self.specs, local_batch_size, world)
+        self.task, model, _ = shard(self.config, self.schema, self.specs, local_batch_size, world)
         self.step = load(newest, self.task)
         if config.optimizer.ema_decay is not None:
             averages = Ema(dense_parameters(self.task), config.optimizer.ema_decay)
             load_averages(newest, averages)
             averages.apply()
+        cast_once(model, self.schema)  # after all that is loaded, which is fp32
 
     def _spec(self, name: str) -> MemberSpec:
         specs = {spec.name: spec for spec in self.config.specs()}
