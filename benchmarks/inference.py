@@ -36,11 +36,11 @@ from recsys.data.schema import Schema
 from recsys.distributed import World, process_group
 from recsys.embeddings.init import init_tables
 from recsys.embeddings.precision import for_inference
-from recsys.members import MemberSpec, ModelConfig
+from recsys.members import ModelConfig
 from recsys.merge.rules import Merge
-from recsys.model import Member
+from recsys.training.casts import cast_once
 from recsys.training.sharded import shard
-from roofline import Floor, Product, _Recorder
+from roofline import Floor, member_products
 from workload import Setting
 
 PACKAGES = ("torch", "torchrec", "numpy")
@@ -123,6 +123,7 @@ def predictor(setting: Setting, schema: Schema, world: World) -> Callable[[Batch
     specs = [replace(spec, model=for_inference(spec.model, world.device)) for spec in config.specs()]
     task, model, _ = shard(config, schema, specs, setting.batch_size, world)
     init_tables(task, model.embedding.table_start)
+    cast_once(model, schema)
     task.eval()
     merge = Merge(rule=config.merge)
 
@@ -152,15 +153,6 @@ def batches(schema: Schema, rows: int) -> Iterator[Batch]:
             length_per_key=[rows] * len(features),
         )
         yield Batch(dense=torch.empty(rows, 0), sparse=sparse, labels=torch.zeros(rows), weights=torch.ones(rows))
-
-
-def forward_products(spec: MemberSpec, schema: Schema, batch_size: int, device: torch.device) -> list[Product]:
-    """The matrix products of one member's forward pass under bf16 autocast, in their order."""
-    member = Member(spec, schema).to(device).eval()
-    x_BFD = torch.randn(batch_size, len(schema.sparse), spec.model.embedding_dim, device=device, dtype=torch.bfloat16)
-    with torch.no_grad(), _Recorder() as recorder, torch.autocast(device.type, torch.bfloat16):
-        member(x_BFD, torch.empty(batch_size, 0, device=device))
-    return recorder.products
 
 
 def timed(cases: Mapping[str, Callable[[], Call]], config: Config) -> dict[str, Seconds]:
@@ -223,7 +215,8 @@ def measured(
     floors = {}
     for members in config.members:
         specs = config.setting(members, "bf16", rows).config(Path("unread")).specs()
-        products = [each for spec in specs for each in forward_products(spec, schema, rows, world.device)]
+        of_each = (member_products(spec, schema, rows, world.device, backward=False) for spec in specs)
+        products = list(itertools.chain.from_iterable(of_each))
         floors[members] = floor = Floor(products, torch.bfloat16, world.device)
         cases[f"{members} {FLOOR}"] = _ready(floor, world)
     seconds = timed(cases, config)

@@ -78,22 +78,26 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def member_products(spec: MemberSpec, schema: Schema, batch_size: int, device: torch.device) -> list[Product]:
-    """The products of one member's step under bf16 autocast, forward and backward, in their order.
+def member_products(
+    spec: MemberSpec, schema: Schema, batch_size: int, device: torch.device, *, backward: bool = True
+) -> list[Product]:
+    """The products of one member's step, or prediction, under bf16 autocast, in their order.
 
     Args:
         spec: the member; it is built anew, and run as it is without being compiled.
         schema: for the fields and dense columns.
         batch_size: rows of this rank.
-        device: where a step is taken.
+        device: where it is run.
+        backward: whether it is a step, forward and backward, and not a prediction, forward alone.
     """
-    member = Member(spec, schema).to(device).train()
-    x_BFD = torch.randn(batch_size, len(schema.sparse), spec.model.embedding_dim, device=device, requires_grad=True)
+    member = Member(spec, schema).to(device).train(backward)
+    x_BFD = torch.randn(batch_size, len(schema.sparse), spec.model.embedding_dim, device=device, requires_grad=backward)
     dense_BN = torch.randn(batch_size, len(schema.dense), device=device)
-    with _Recorder() as recorder:
+    with torch.set_grad_enabled(backward), _Recorder() as recorder:
         with torch.autocast(device.type, torch.bfloat16):
             logits_B = member(x_BFD, dense_BN)
-        logits_B.float().sum().backward()
+        if backward:
+            logits_B.float().sum().backward()
     return recorder.products
 
 

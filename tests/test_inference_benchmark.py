@@ -9,7 +9,7 @@ from typing import Any
 import inference
 import pytest
 import torch
-from inference import Config, batches, forward_products, main, predictor, timed
+from inference import Config, batches, main, predictor, timed
 
 from recsys.backbones import BACKBONES
 from recsys.distributed import process_group
@@ -17,6 +17,7 @@ from recsys.members import parse_members
 from recsys.merge.rules import mean_logit
 from recsys.model import Member
 from recsys.training.workload import dense_flops
+from roofline import member_products
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {"sizes": "default", "fields": 6, "rows_per_table": 20, "dim": 8}
@@ -33,7 +34,7 @@ def threads() -> Iterator[None]:
 def test_the_floor_has_all_products_of_the_forward_pass(backbone: str) -> None:
     schema = Config(**TINY).schema()
     (spec,) = parse_members((backbone,), 0, inference.ModelConfig(embedding_dim=8))
-    products = forward_products(spec, schema, 16, CPU)
+    products = member_products(spec, schema, 16, CPU, backward=False)
     assert sum(product.flops for product in products) == 16 * dense_flops([Member(spec, schema)])
 
 
@@ -60,6 +61,8 @@ def test_predictions_are_those_of_members_merged() -> None:
         with torch.no_grad():
             logits_BM = made[0](first)[1].logits_BM
     assert not any(task.training for task in made)
+    dense = [value for name, value in made[1].named_parameters() if ".members." in name]
+    assert {value.dtype for value in dense if value.dim() > 1} == {torch.bfloat16}
     assert not exact.requires_grad
     assert logits_BM.shape == (32, 2)
     assert logits_BM.std() > 0
