@@ -139,6 +139,30 @@ def test_mlperf_lines_follow_the_run(folder: Path, tmp_path: Path) -> None:
     assert times == sorted(times)
 
 
+def test_facts_for_mlperf_are_numbers_where_they_are_such(folder: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {
+        "submission_org": ("ACME=1", "ACME=1"),
+        "number_of_nodes": ("8", 8),
+        "opt_base_learning_rate_end": (" -5e-3", -0.005),
+        "cache_clear": ("true", True),
+        "late": ("1e999", "1e999"),
+        "best": ("NaN", "NaN"),
+        "rev": ("007", "007"),
+        "id": ('"8"', '"8"'),
+        "sizes": ("[1]", "[1]"),
+        "none": ("null", "null"),
+        "empty": ("", ""),
+        "long": ("9" * 400, int("9" * 400)),
+        "longer": ("9" * 5000, "9" * 5000),
+    }
+    facts = tuple(f"{key}={text}" for key, (text, _) in given.items())
+    record(folder, SinkConfig(mlperf=tmp_path / "log", mlperf_facts=facts, tensorboard=False), 0, 1)
+    found = {event["key"]: event["value"] for event in mlperf(tmp_path / "log")}
+    expected = {key: value for key, (_, value) in given.items()}
+    assert {key: found[key] for key in given} == expected
+    assert {key: type(found[key]) for key in given} == {key: type(value) for key, value in expected.items()}
+
+
 def test_mlperf_has_no_empty_epoch(folder: Path, tmp_path: Path) -> None:
     record(folder, SinkConfig(mlperf=tmp_path / "log", tensorboard=False), 0, 20)
     assert [event["key"] for event in mlperf(tmp_path / "log")].count("epoch_start") == 1

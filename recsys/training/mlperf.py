@@ -4,6 +4,7 @@ Written are those that a run knows; what it cannot, such as who submits it, come
 """
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +47,7 @@ class _Log:
 
     def open(self, facts: Sequence[str]) -> None:
         self.line(START, "init_start", time_ms=1e3 * psutil.Process().create_time())
-        given = dict(fact.split("=", maxsplit=1) for fact in facts)
+        given = {key: _value(text) for key, _, text in (fact.partition("=") for fact in facts)}
         for key, value in ({"submission_benchmark": BENCHMARK} | given).items():
             self.line(POINT, key, value)
         for key, (*outer, last) in FROM_CONFIG.items():
@@ -114,7 +115,7 @@ def mlperf_lines(path: Path, config: Mapping[str, Any], facts: Sequence[str], st
     Args:
         path: of the file.
         config: of the run, as plain values.
-        facts: KEY=VALUE of further lines.
+        facts: KEY=VALUE of further lines; numbers, true and false are written as what they are, all else as text.
         step: from which the run goes on.
     """
     with ExitStack() as stack:
@@ -127,3 +128,12 @@ def mlperf_lines(path: Path, config: Mapping[str, Any], facts: Sequence[str], st
             came_to_end = True
         finally:
             log.close(came_to_end=came_to_end)
+
+
+def _value(text: str) -> Any:
+    """A number or a truth value as JSON has them, else the text: MLPerf's rules compare values, not letters."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, int | float) and -math.inf < value < math.inf else text

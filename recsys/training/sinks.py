@@ -55,7 +55,7 @@ class SinkConfig:
     mlperf: Path | None = None
     """File that MLPerf's log lines are appended to; - is stdout."""
     mlperf_facts: tuple[str, ...] = ()
-    """KEY=VALUE of lines that this run cannot know, such as submission_org=ACME."""
+    """KEY=VALUE of lines that this run cannot know, such as submission_org=ACME; numbers, true and false are such."""
 
     def __post_init__(self) -> None:
         for name in ("wandb", "mlflow", "mlflow_experiment"):
