@@ -28,7 +28,7 @@ help: ## Show this list
 
 setup: $(INSTALLED) ## Make the environment in .venv (ACCELERATOR=cpu or cuda); instant when it is up to date
 
-$(INSTALLED): requirements/$(ACCELERATOR).txt $(wildcard requirements/*.txt) pyproject.toml setup.py $(wildcard recsys/native/*.cpp recsys/native/*.inl)
+$(INSTALLED): requirements/$(ACCELERATOR).txt $(wildcard requirements/*.txt) pyproject.toml setup.py $(wildcard recsys/native/*.cpp recsys/native/*.h recsys/native/*.inl)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit("recsys needs Python 3.11 or later, $(PYTHON) is %d.%d: use make PYTHON=python3.11" % v[:2] if v < (3, 11) else 0)'
 	@echo "Making $(VENV) for $(ACCELERATOR): some minutes the first time"
 	@test -e $@ || { $(PYTHON) -m venv --clear $(VENV) && echo $(ACCELERATOR) >$(VENV)/accelerator; }

@@ -1,4 +1,4 @@
-"""Builds the C++ operators of recsys/native where torch and a compiler are; without, FBGEMM's do the work."""
+"""Builds the C++ operators of recsys/native where torch and a compiler are; without, FBGEMM and PyTorch do the work."""
 
 from setuptools import Extension, setup
 
@@ -9,9 +9,9 @@ except ImportError:  # an isolated build; the package works without
 else:
     extensions = [
         Extension(
-            "recsys.native.tables",
-            sources=["recsys/native/tables.cpp"],
-            depends=["recsys/native/rows.inl"],
+            "recsys.native.operators",
+            sources=["recsys/native/tables.cpp", "recsys/native/fused.cpp"],
+            depends=[f"recsys/native/{name}" for name in ("instructions.h", "rows.inl", "fused.inl")],
             include_dirs=include_paths(),
             library_dirs=library_paths(),
             libraries=["torch_cpu", "c10"],
@@ -20,7 +20,7 @@ else:
             # Sums may be reordered, so that they are vectorized; infinities and NaN stay what they are.
             extra_compile_args=[
                 *("-std=c++20", "-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
-                *("-fno-signed-zeros", "-fassociative-math"),
+                *("-fno-signed-zeros", "-fassociative-math", "-Wno-psabi"),
             ],
             optional=True,
         )

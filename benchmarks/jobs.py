@@ -29,6 +29,7 @@ from baselines.sparse_bags import SparseBags
 from baselines.torchrec_default import TorchRecDefault
 from harness import Runner, runner
 from recsys import native
+from recsys.backbones.fused import unfused
 from recsys.config import InputError, dump, load
 from recsys.data.batch import Batch
 from recsys.data.schema import Schema
@@ -169,7 +170,11 @@ class LocalJob:
 
 
 def _training(baseline: Baseline, batches: Iterator[Batch]) -> Callable[[], object]:
-    return lambda: baseline.step(batches)
+    def step() -> None:
+        with unfused():  # PyTorch's own operators, as others would have them
+            baseline.step(batches)
+
+    return step
 
 
 class RankedJob:

@@ -27,12 +27,12 @@ LOAD_TIMEOUT_SECONDS = 120
 _LOAD = """
 import json
 import torch, torchrec, fbgemm_gpu
-from recsys.native import available
+from recsys.native import available, instructions
 gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 for device in ["cpu", *(["cuda"] if gpus else [])]:
     offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(torch.tensor([1, 2, 3], device=device))
     assert offsets.tolist() == [0, 1, 3, 6], offsets
-print(json.dumps({"cuda": torch.version.cuda, "gpus": gpus, "native": available()}))
+print(json.dumps({"cuda": torch.version.cuda, "gpus": gpus, "native": available() and instructions()}))
 """
 
 
@@ -60,7 +60,8 @@ class _Loaded:
     error: str = ""
     cuda: str | None = None
     gpus: tuple[str, ...] = ()
-    native: bool = False
+    native: str | bool = False
+    """Instruction set of the operators."""
 
 
 def diagnose() -> list[Check]:
@@ -85,7 +86,7 @@ def diagnose() -> list[Check]:
         Check(
             "native",
             True,
-            "table operators in C++" if loaded.native else "none: FBGEMM updates tables, slower on a CPU",
+            f"operators in C++, {loaded.native}" if loaded.native else "none: slower training on a CPU",
         ),
         _check_device(loaded, accelerator, rebuild),
         Check("cores", True, str(len(os.sched_getaffinity(0)))),

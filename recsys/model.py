@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from recsys.backbones import BACKBONES
-from recsys.backbones.layers import Dropout, linear, mlp
+from recsys.backbones.layers import MLP, Dropout, linear
 from recsys.batched import Together, is_faster_together, of_one_make
 from recsys.config import InputError
 from recsys.data.batch import Batch
@@ -57,7 +57,7 @@ class Member(nn.Module):
 
 
 def _mlp_to(out_dim: int, in_dim: int, hidden: tuple[int, ...]) -> nn.Sequential:
-    return nn.Sequential(mlp(in_dim, hidden, dropout=0.0), linear(hidden[-1] if hidden else in_dim, out_dim))
+    return nn.Sequential(MLP(in_dim, hidden, dropout=0.0), linear(hidden[-1] if hidden else in_dim, out_dim))
 
 
 class EmbeddingGradients:

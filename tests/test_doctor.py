@@ -32,7 +32,7 @@ class Machine:
         self.scripts = scripts
         self.programs = {"torchrun": str(scripts / "torchrun")}
         self.returncode = 0
-        self.stdout = json.dumps({"cuda": None, "gpus": [], "native": True})
+        self.stdout = json.dumps({"cuda": None, "gpus": [], "native": "avx2"})
         self.stderr = ""
         self.hangs = False
 
@@ -48,7 +48,7 @@ class Machine:
 
     def has_gpu(self, cuda: str | None, gpus: tuple[str, ...] = ("NVIDIA H100",)) -> None:
         self.programs["nvidia-smi"] = "/usr/bin/nvidia-smi"
-        self.stdout = json.dumps({"cuda": cuda, "gpus": list(gpus), "native": True})
+        self.stdout = json.dumps({"cuda": cuda, "gpus": list(gpus), "native": "avx2"})
 
 
 @pytest.fixture

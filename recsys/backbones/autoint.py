@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from recsys.backbones.base import Along, Backbone
 from recsys.backbones.layers import (
+    MLP,
     Dropout,
     check_sizes,
     deeper,
     deeper_mlp,
     linear,
     linear_flops,
-    mlp,
     wider,
     wider_mlp,
 )
@@ -105,7 +105,7 @@ class AutoInt(Backbone):
         heads_dim = config.num_heads * config.head_dim
         dims = [dim] + [heads_dim] * (config.num_layers - 1)
         self.layers = nn.Sequential(*(InteractingLayer(in_dim, config) for in_dim in dims))
-        self.mlp = None if config.hidden is None else mlp(num_fields * dim, config.hidden, config.dropout)
+        self.mlp = None if config.hidden is None else MLP(num_fields * dim, config.hidden, config.dropout)
         self.out_dim = num_fields * heads_dim + (0 if config.hidden is None else config.hidden[-1])
 
     def forward(self, x_BFD: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from recsys.backbones.fused import cross_layer
 from recsys.backbones.layers import linear, linear_flops
 
 
@@ -14,7 +15,15 @@ def cross(x0_BK: Tensor, weights: Iterable[nn.Module]) -> Tensor:
     """Apply cross layers to x_0 [B, K]; each weight maps x_l to A_l(x_l), both [B, K]."""
     x_BK = x0_BK
     for weight in weights:
-        x_BK = x0_BK * weight(x_BK) + x_BK
+        match weight:
+            case nn.Linear():
+                x_BK = cross_layer(x0_BK, weight, x_BK, x_BK)
+            case nn.Sequential():
+                v, u = weight
+                assert isinstance(u, nn.Linear)
+                x_BK = cross_layer(x0_BK, u, v(x_BK), x_BK)
+            case _:
+                x_BK = x0_BK * weight(x_BK) + x_BK
     return x_BK
 
 

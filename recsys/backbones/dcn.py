@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys.backbones.base import Along, Backbone
-from recsys.backbones.layers import check_sizes, deeper, deeper_mlp, linear, linear_flops, mlp, wider_mlp
+from recsys.backbones.layers import MLP, check_sizes, deeper, deeper_mlp, linear, linear_flops, wider_mlp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class DCN(Backbone):
         in_dim = num_fields * dim
         self.cross = linear(in_dim, config.num_cross_layers, bias=False)
         self.bias_LK = nn.Parameter(torch.zeros(config.num_cross_layers, in_dim))
-        self.mlp = mlp(in_dim, config.hidden, config.dropout)
+        self.mlp = MLP(in_dim, config.hidden, config.dropout)
         self.out_dim = in_dim + config.hidden[-1]
 
     def forward(self, x_BFD: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from recsys.backbones.base import Along, Backbone
 from recsys.backbones.cross import cross, cross_flops, cross_weight
-from recsys.backbones.layers import check_sizes, deeper, deeper_mlp, linear_flops, mlp, wider, wider_mlp
+from recsys.backbones.layers import MLP, check_sizes, deeper, deeper_mlp, linear_flops, wider, wider_mlp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class DCNv2(Backbone):
         self.cross = nn.ModuleList(
             cross_weight(in_dim, config.rank, config.num_experts) for _ in range(config.num_cross_layers)
         )
-        self.mlp = mlp(in_dim, config.hidden, config.dropout)
+        self.mlp = MLP(in_dim, config.hidden, config.dropout)
         self.out_dim = config.hidden[-1] + (0 if self.stacked else in_dim)
 
     def forward(self, x_BFD: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from recsys.backbones.base import Backbone
-from recsys.backbones.layers import MLPSizes, linear, linear_flops, mlp
+from recsys.backbones.layers import MLP, MLPSizes, linear, linear_flops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class DeepFM(Backbone):
     def __init__(self, num_fields: int, dim: int, config: DeepFMConfig = _DEFAULT) -> None:
         super().__init__()
         self.first_order = linear(num_fields * dim, 1, bias=False)
-        self.mlp = mlp(num_fields * dim, config.hidden, config.dropout)
+        self.mlp = MLP(num_fields * dim, config.hidden, config.dropout)
         self.out_dim = 2 + config.hidden[-1]
 
     def forward(self, x_BFD: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys.backbones.base import Along, Backbone
-from recsys.backbones.layers import check_sizes, deeper_mlp, linear, linear_flops, mlp, wider, wider_mlp
+from recsys.backbones.layers import MLP, check_sizes, deeper_mlp, linear, linear_flops, wider, wider_mlp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +98,8 @@ class FinalMLP(Backbone):
         if config.gate_dim is not None:
             fields = (config.gate_fields1, config.gate_fields2)
             gates = [FeatureGate(num_fields, dim, config.gate_dim, chosen) for chosen in fields]
-        self.stream1 = nn.Sequential(gates[0], mlp(num_fields * dim, config.hidden1, config.dropout))
-        self.stream2 = nn.Sequential(gates[1], mlp(num_fields * dim, config.hidden2, config.dropout))
+        self.stream1 = nn.Sequential(gates[0], MLP(num_fields * dim, config.hidden1, config.dropout))
+        self.stream2 = nn.Sequential(gates[1], MLP(num_fields * dim, config.hidden2, config.dropout))
         dims = config.hidden1[-1] // config.num_heads, config.hidden2[-1] // config.num_heads
         heads = [nn.init.xavier_uniform_(torch.empty(dims)) for _ in range(config.num_heads)]
         self.fusion_HKN = nn.Parameter(torch.stack(heads))

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from recsys.backbones.base import Backbone
-from recsys.backbones.layers import MLPSizes, linear_flops, mlp
+from recsys.backbones.layers import MLP, MLPSizes, linear_flops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class FNN(Backbone):
 
     def __init__(self, num_fields: int, dim: int, config: FNNConfig = _DEFAULT) -> None:
         super().__init__()
-        self.mlp = mlp(num_fields * dim, config.hidden, config.dropout)
+        self.mlp = MLP(num_fields * dim, config.hidden, config.dropout)
         self.out_dim = config.hidden[-1]
 
     def forward(self, x_BFD: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from recsys.backbones.base import Along, Backbone
 from recsys.backbones.cross import cross
-from recsys.backbones.layers import check_sizes, deeper, deeper_mlp, linear, linear_flops, mlp, wider_mlp
+from recsys.backbones.layers import MLP, check_sizes, deeper, deeper_mlp, linear, linear_flops, wider_mlp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class GDCN(Backbone):
         in_dim = num_fields * dim
         self.stacked = config.structure == "stacked"
         self.cross = nn.ModuleList(GatedCrossWeight(in_dim) for _ in range(config.num_cross_layers))
-        self.mlp = mlp(in_dim, config.hidden, config.dropout)
+        self.mlp = MLP(in_dim, config.hidden, config.dropout)
         self.out_dim = config.hidden[-1] + (0 if self.stacked else in_dim)
 
     def forward(self, x_BFD: Tensor) -> Tensor:

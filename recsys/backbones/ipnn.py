@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from recsys.backbones.base import Backbone
-from recsys.backbones.layers import MLPSizes, PairProducts, linear_flops, mlp
+from recsys.backbones.layers import MLP, MLPSizes, PairProducts, linear_flops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class IPNN(Backbone):
     def __init__(self, num_fields: int, dim: int, config: IPNNConfig = _DEFAULT) -> None:
         super().__init__()
         self.products = PairProducts(num_fields, dim)
-        self.mlp = mlp(num_fields * dim + len(self.products.pairs), config.hidden, config.dropout)
+        self.mlp = MLP(num_fields * dim + len(self.products.pairs), config.hidden, config.dropout)
         self.out_dim = config.hidden[-1]
 
     def forward(self, x_BFD: Tensor) -> Tensor:

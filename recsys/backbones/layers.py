@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from recsys.backbones.base import Along
+from recsys.backbones.fused import linear_relu
 
 
 class Dropout(nn.Module):
@@ -92,16 +94,21 @@ def linear(in_dim: int, out_dim: int, bias: bool = True) -> nn.Linear:
     return layer
 
 
-def mlp(in_dim: int, hidden: Sequence[int], dropout: float, norm: bool = False) -> nn.Sequential:
-    """Make [B, in_dim] -> [B, hidden[-1]]: Linear, LayerNorm if `norm`, ReLU, Dropout for each width of `hidden`."""
-    layers: list[nn.Module] = []
-    for width in hidden:
-        layers.append(linear(in_dim, width))
-        if norm:
-            layers.append(nn.LayerNorm(width))
-        layers += [nn.ReLU(), Dropout(dropout)]
-        in_dim = width
-    return nn.Sequential(*layers)
+class MLP(nn.Sequential):
+    """[B, in_dim] -> [B, hidden[-1]]: Linear, ReLU, Dropout for each width of `hidden`."""
+
+    def __init__(self, in_dim: int, hidden: Sequence[int], dropout: float) -> None:
+        widths = pairwise((in_dim, *hidden))
+        super().__init__(*(part for pair in widths for part in (linear(*pair), nn.ReLU(), Dropout(dropout))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layers, each linear one together with its ReLU."""
+        for layer in self:
+            if isinstance(layer, nn.Linear):
+                x = linear_relu(layer, x)
+            elif isinstance(layer, Dropout):
+                x = layer(x)
+        return x
 
 
 def check_sizes(dropout: float, **sizes: int | tuple[int, ...] | None) -> None:

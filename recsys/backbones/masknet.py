@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from recsys.backbones.base import Along, Backbone
-from recsys.backbones.layers import Dropout, check_sizes, deeper, deeper_mlp, linear_flops, mlp, wider, wider_mlp
+from recsys.backbones.layers import MLP, Dropout, check_sizes, deeper, deeper_mlp, linear_flops, wider, wider_mlp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ class MaskNet(Backbone):
         widths = [in_dim] + [config.block_dim] * (depth - 1)
         self.blocks = nn.ModuleList(MaskBlocks(side, in_dim, width, config) for width in widths)
         all_dim = config.num_blocks * config.block_dim
-        self.mlp = mlp(all_dim, config.hidden, config.dropout) if parallel else nn.Identity()
+        self.mlp = MLP(all_dim, config.hidden, config.dropout) if parallel else nn.Identity()
         self.out_dim = config.hidden[-1] if parallel else config.block_dim
 
     def forward(self, x_BFD: Tensor) -> Tensor:

@@ -4,13 +4,13 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from recsys.backbones.base import Along, Backbone
+from recsys.backbones.fused import Norm, mix_norm
 from recsys.backbones.layers import check_sizes, deeper, wider
-from recsys.backbones.tokens import SparseMoE, TokenLinear, token_ffn
+from recsys.backbones.tokens import SparseMoE, TokenFFN, TokenLinear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,29 +77,26 @@ _DEFAULT = RankMixerConfig()
 class RankMixerBlock(nn.Module):
     """Tokens [T, B, D] in and out: S = LN(Mix(X) + X), X' = LN(PFFN(S) + S), each LN over D alone.
 
-    Mix: token h of Mix(X) is the concatenation over t of head h of x_t, each x_t split in T heads of D / T.
+    Mix: see `mix_norm`.
     PFFN: x_t -> GELU(x_t W1_t + b1_t) W2_t + b2_t, D -> expansion * D -> D, with own weights for each token; or, given
     num_experts, `SparseMoE`.
     """
 
     def __init__(self, config: RankMixerConfig) -> None:
         super().__init__()
-        self.heads_shape = config.num_tokens, config.token_dim // config.num_tokens
         self.mix_norm = nn.LayerNorm(config.token_dim)
         sizes = (config.num_tokens, config.token_dim, config.expansion * config.token_dim, config.dropout)
         self.ffn = (
-            token_ffn(*sizes)
+            TokenFFN(*sizes)
             if config.num_experts is None
             else SparseMoE(*sizes, config.num_experts, config.target_active, config.l1)
         )
-        self.ffn_norm = nn.LayerNorm(config.token_dim)
+        self.ffn_norm = Norm(config.token_dim)
 
     def forward(self, x_TBD: Tensor) -> Tensor:
         """One block."""
-        # Heads become tokens and tokens heads: [T, B, heads, D / T], T heads.
-        mixed_TBD = torch.unflatten(x_TBD, 2, self.heads_shape).transpose(0, 2).flatten(2)
-        s_TBD = self.mix_norm(mixed_TBD + x_TBD)
-        out_TBD: Tensor = self.ffn_norm(self.ffn(s_TBD) + s_TBD)
+        s_TBD = mix_norm(self.mix_norm, x_TBD)
+        out_TBD: Tensor = self.ffn_norm(self.ffn(s_TBD), s_TBD)
         return out_TBD
 
 
@@ -124,7 +121,7 @@ class RankMixer(Backbone):
     def forward(self, x_BFD: Tensor) -> Tensor:
         """Map field embeddings [B, F, D] to [B, out_dim]."""
         x_BTK = functional.pad(x_BFD.flatten(1), (0, self.padding)).reshape(self.chunks_shape)
-        x_TBD: Tensor = self.blocks(self.tokenize(x_BTK.transpose(0, 1)))
+        x_TBD: Tensor = self.blocks(self.tokenize(x_BTK.transpose(0, 1).contiguous()))
         return x_TBD.mean(dim=0)
 
     def flops(self) -> int:

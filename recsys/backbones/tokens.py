@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recsys.backbones.fused import bias_gelu
 from recsys.backbones.layers import Dropout
 
 
@@ -29,11 +30,20 @@ class TokenLinear(nn.Module):
         return y_TBN.add_(self.bias_TN.unsqueeze(1).to(y_TBN.dtype))
 
 
-def token_ffn(num_tokens: int, dim: int, hidden_dim: int, dropout: float) -> nn.Sequential:
-    """Make x_t -> GELU(x_t W1_t + b1_t) W2_t + b2_t for tokens [T, B, dim], with dropout between the two layers."""
-    return nn.Sequential(
-        TokenLinear(num_tokens, dim, hidden_dim), nn.GELU(), Dropout(dropout), TokenLinear(num_tokens, hidden_dim, dim)
-    )
+class TokenFFN(nn.Sequential):
+    """x_t -> GELU(x_t W1_t + b1_t) W2_t + b2_t for tokens [T, B, dim], with dropout between the two layers."""
+
+    def __init__(self, num_tokens: int, dim: int, hidden_dim: int, dropout: float) -> None:
+        up, down = TokenLinear(num_tokens, dim, hidden_dim), TokenLinear(num_tokens, hidden_dim, dim)
+        super().__init__(up, nn.GELU(), Dropout(dropout), down)
+
+    def forward(self, x_TBD: Tensor) -> Tensor:
+        """Map tokens [T, B, dim] to [T, B, dim], the first layer's bias together with its GELU."""
+        up, _, dropout, down = self
+        assert isinstance(up, TokenLinear)
+        h_TBK = bias_gelu(torch.bmm(x_TBD, up.weight_TKN), up.bias_TN)
+        out_TBD: Tensor = down(dropout(h_TBK))
+        return out_TBD
 
 
 class SparseMoE(nn.Module):
@@ -71,7 +81,7 @@ class SparseMoE(nn.Module):
             self.router.weight_TKN.div_(num_experts)
             self.router.bias_TN.fill_(1.0 / num_experts)
         # A token's experts are tokens that read the same: token t * E + e is expert e of token t.
-        self.experts = token_ffn(num_tokens * num_experts, dim, hidden_dim, dropout)
+        self.experts = TokenFFN(num_tokens * num_experts, dim, hidden_dim, dropout)
 
     def forward(self, s_TBD: Tensor) -> Tensor:
         """Map tokens [T, B, D] to [T, B, D]."""

@@ -5,9 +5,11 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from recsys.backbones.base import Along, Backbone
-from recsys.backbones.layers import check_sizes, deeper, linear, linear_flops, mlp, wider, wider_mlp
+from recsys.backbones.fused import Norm, transposed, wukong_norm
+from recsys.backbones.layers import MLP, check_sizes, deeper, linear, linear_flops, wider, wider_mlp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +70,10 @@ class WukongLayer(nn.Module):
     def __init__(self, num_tokens: int, dim: int, config: WukongConfig) -> None:
         super().__init__()
         num_out, num_products = config.num_fm + config.num_linear, num_tokens * config.fm_rank
-        self.num_fm = config.num_fm
         self.fm_weight_TK = _xavier(num_tokens, config.fm_rank)
         self.fm_mlp = nn.Sequential(
-            nn.LayerNorm(num_products),
-            mlp(num_products, config.hidden, config.dropout),
+            Norm(num_products),
+            MLP(num_products, config.hidden, config.dropout),
             linear(config.hidden[-1], config.num_fm * dim),
         )
         self.linear_weight = _xavier(config.num_linear, num_tokens)
@@ -82,12 +83,13 @@ class WukongLayer(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Map tokens [B, T, D] to tokens [B, n_F + n_L, D]."""
         # X (X^T Y), not (X X^T) Y: T D k products a row, where the T by T matrix would cost T T D.
-        products_BTK = x_BTD @ (x_BTD.transpose(1, 2) @ self.fm_weight_TK)
-        fm_BTD = self.fm_mlp(products_BTK.flatten(1)).reshape(-1, self.num_fm, x_BTD.shape[2])
-        linear_BTD = self.linear_weight @ x_BTD
-        residual_BTD = x_BTD if self.residual_weight is None else self.residual_weight @ x_BTD
-        out_BTD: Tensor = self.norm(torch.cat([fm_BTD, linear_BTD], dim=1) + residual_BTD)
-        return out_BTD
+        x_BDT = transposed(x_BTD)
+        products_BTK = x_BTD @ functional.linear(x_BDT, self.fm_weight_TK.t())
+        fm_BN = self.fm_mlp(products_BTK.flatten(1))
+        # W_L X and W_R X as one product.
+        residual = () if self.residual_weight is None else (self.residual_weight,)
+        tokens_BDT = functional.linear(x_BDT, torch.cat([self.linear_weight, *residual]))
+        return wukong_norm(self.norm, fm_BN, tokens_BDT, None if residual else x_BTD)
 
     def flops(self, dim: int) -> int:
         """X^T Y and X (X^T Y), the MLP, W_L X and W_R X."""

@@ -10,10 +10,20 @@ import torch
 log = logging.getLogger(__name__)
 
 
+def instructions(most: str = "") -> str:
+    """The instruction set that the operators use: plain, avx2, avx512 or avx512_bf16; the processor's widest.
+
+    Args:
+        most: use no wider one from now on, for tests.
+    """
+    name: str = torch.ops.recsys.instructions(most)
+    return name
+
+
 @functools.cache
 def available() -> bool:
     """Load the operators `torch.ops.recsys.*`, or say in one line why there are none and what that costs."""
-    library = Path(__file__).with_name(f"tables{sysconfig.get_config_var('EXT_SUFFIX')}")
+    library = Path(__file__).with_name(f"operators{sysconfig.get_config_var('EXT_SUFFIX')}")
     reason = "not built: there was no compiler"
     if library.exists():
         try:
@@ -22,5 +32,7 @@ def available() -> bool:
             reason = f"{library.name} was built for another torch ({str(error).partition(': ')[2]})"
         else:
             return True
-    log.warning("native table operators: %s; FBGEMM's do their work, slower on a CPU. `make setup` builds them", reason)
+    log.warning(
+        "native operators: %s; FBGEMM's and PyTorch's do their work, slower on a CPU. `make setup` builds them", reason
+    )
     return False

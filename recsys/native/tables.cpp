@@ -15,7 +15,10 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <string>
 #include <vector>
+
+#include "instructions.h"
 
 namespace recsys {
 namespace {
@@ -114,7 +117,7 @@ namespace plain {
 #include "rows.inl"
 }
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#ifdef RECSYS_X86
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi2")
 namespace avx2 {
@@ -127,18 +130,10 @@ namespace avx512 {
 #include "rows.inl"
 }
 #pragma GCC pop_options
-#define RECSYS_WIDEST(FUNCTION, ...)            \
-  (has_avx512() ? avx512::FUNCTION<__VA_ARGS__> \
-                : has_avx2() ? avx2::FUNCTION<__VA_ARGS__> : plain::FUNCTION<__VA_ARGS__>)
-bool has_avx512() {
-  static const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return has;
-}
-bool has_avx2() {
-  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  return has;
-}
+#define RECSYS_WIDEST(FUNCTION, ...)                                       \
+  (in_use() >= Instructions::avx512 ? avx512::FUNCTION<__VA_ARGS__>        \
+   : in_use() >= Instructions::avx2 ? avx2::FUNCTION<__VA_ARGS__>          \
+                                    : plain::FUNCTION<__VA_ARGS__>)
 #else
 #define RECSYS_WIDEST(FUNCTION, ...) plain::FUNCTION<__VA_ARGS__>
 #endif
@@ -313,10 +308,20 @@ void update_(at::Tensor weights, at::Tensor state, const at::Tensor& tables, con
   }
 }
 
+std::string instructions(c10::string_view most) {
+  if (!most.empty()) {
+    const auto found = std::find(kInstructions.begin(), kInstructions.end(), std::string_view(most.data(), most.size()));
+    TORCH_CHECK_VALUE(found != kInstructions.end(), "no instructions ", most);
+    in_use() = std::min(widest_here(), static_cast<Instructions>(found - kInstructions.begin()));
+  }
+  return std::string(kInstructions[static_cast<size_t>(in_use().load())]);
+}
+
 }  // namespace
 }  // namespace recsys
 
 TORCH_LIBRARY(recsys, library) {
+  library.def("instructions(str most) -> str", &recsys::instructions);
   library.def("lookup_sum(Tensor weights, Tensor tables, Tensor ids, Tensor offsets, int width) -> Tensor");
   library.def(
       "update_(Tensor(a!) weights, Tensor(b!) state, Tensor tables, Tensor ids, Tensor offsets, Tensor grad, "

@@ -56,7 +56,7 @@ def rows(batch: int = B, seed: int = 1) -> Tensor:
 
 def test_every_file_is_registered_and_has_a_case() -> None:
     folder = Path(recsys.backbones.__file__).parent
-    files = {path.stem for path in folder.glob("*.py")} - {"__init__", "base", "cross", "layers", "tokens"}
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__", "base", "cross", "fused", "layers", "tokens"}
     assert files == set(BACKBONES)
     references = {path.stem for path in Path(__file__).parent.joinpath("references").glob("*.py")} - {"__init__"}
     assert references == set(BACKBONES)

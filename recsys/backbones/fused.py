@@ -1,0 +1,236 @@
+"""What stands between matrix products, in one pass over memory each where a CPU has our operators for it.
+
+On a CPU whose matrix products are fast, a step is mostly this. Elsewhere, and in whatever is traced, exported, compiled
+or vmapped, PyTorch's own operators do it, and give the same to rounding.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from recsys.native import available
+
+_ALLOWED = [True]
+_DTYPES = (torch.float32, torch.bfloat16)
+"""What the operators take."""
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Leave everything to PyTorch, whatever is there: what others' trainers are made of."""
+    before, _ALLOWED[0] = _ALLOWED[0], False
+    try:
+        yield
+    finally:
+        _ALLOWED[0] = before
+
+
+def linear_relu(layer: nn.Linear, x: Tensor) -> Tensor:
+    """ReLU(x W^T + b), for x [B, in] and a layer that has a bias."""
+    if not _fits(x) or _product_dtype(x) not in _DTYPES:
+        return functional.relu(layer(x))
+    return _apply(_ReLU, *_linear(layer, x))
+
+
+def bias_gelu(z: Tensor, bias: Tensor) -> Tensor:
+    """GELU(z + b), for z [T, B, N] and a bias [T, N].
+
+    z is used up: nothing else may need it.
+    """
+    if not _fits(z):
+        return functional.gelu(z + bias.unsqueeze(1).to(z.dtype))
+    return _apply(_BiasGELU, z, bias)
+
+
+def cross_layer(x0_BK: Tensor, layer: nn.Linear, h: Tensor, x_BK: Tensor) -> Tensor:
+    """x_0 * (h W^T + b) + x, for a layer that has a bias; h is x itself or a projection of it."""
+    if not _fits(x0_BK, x_BK) or not _fits(h) or _product_dtype(h) != x0_BK.dtype:
+        return x0_BK * layer(h) + x_BK
+    return _apply(_Cross, x0_BK, x_BK, *_linear(layer, h))
+
+
+class Norm(nn.LayerNorm):
+    """LayerNorm over the last axis, of x or of x + residual."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalise [..., width]."""
+        if _fits(x) and (residual is None or _fits(x, residual)):
+            return _apply(_Norm, x, residual, self.weight, self.bias, self.eps)
+        return super().forward(x if residual is None else x + residual)
+
+
+def mix_norm(norm: nn.LayerNorm, x_TBD: Tensor) -> Tensor:
+    """LN(Mix(X) + X) over D, for tokens [T, B, D].
+
+    Token h of Mix(X) is the concatenation over t of head h of x_t, each x_t split in T heads of D / T.
+    """
+    if _fits(x_TBD):
+        return _apply(_MixNorm, x_TBD, norm.weight, norm.bias, norm.eps)
+    num_tokens = x_TBD.shape[0]
+    # Heads become tokens and tokens heads: [T, B, heads, D / T], T heads.
+    mixed_TBD = torch.unflatten(x_TBD, 2, (num_tokens, -1)).transpose(0, 2).flatten(2)
+    return norm(mixed_TBD + x_TBD)
+
+
+def wukong_norm(norm: nn.LayerNorm, fm_BN: Tensor, tokens_BDT: Tensor, x_BTD: Tensor | None) -> Tensor:
+    """LN(concat(FM, L) + R) over D, [B, n_F + n_L, D], for FM [B, n_F * D] and L [B, D, n_L].
+
+    R is x [B, n_F + n_L, D]. Without x, it is the last n_F + n_L tokens of [B, D, n_L + n_F + n_L], behind L.
+    """
+    more = (tokens_BDT,) if x_BTD is None else (tokens_BDT, x_BTD)
+    if _fits(fm_BN) and all(_fits(each) and each.dtype == fm_BN.dtype for each in more):
+        return _apply(_WukongNorm, fm_BN, tokens_BDT, x_BTD, norm.weight, norm.bias, norm.eps)
+    fm_BTD = torch.unflatten(fm_BN, 1, (-1, tokens_BDT.shape[1]))
+    linear_BTD = tokens_BDT.transpose(1, 2)
+    if x_BTD is None:
+        num_linear = (linear_BTD.shape[1] - fm_BTD.shape[1]) // 2
+        linear_BTD, x_BTD = linear_BTD[:, :num_linear], linear_BTD[:, num_linear:]
+    return norm(torch.cat([fm_BTD, linear_BTD], dim=1) + x_BTD)
+
+
+def transposed(x_BTD: Tensor) -> Tensor:
+    """[B, D, T], contiguous."""
+    return _apply(_Transposed, x_BTD) if _fits(x_BTD) else x_BTD.transpose(1, 2).contiguous()
+
+
+def _fits(x: Tensor, *like: Tensor) -> bool:
+    """Whether the operators take these tensors, of which all must be as the first is."""
+    return (
+        isinstance(x, Tensor)  # no proxy of torch.fx
+        and _ALLOWED[0]
+        and x.device.type == "cpu"
+        and x.dtype in _DTYPES
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and all(each.dtype == x.dtype and each.shape == x.shape for each in like)
+        and available()
+    )
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """What a product of x comes in."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+    """X W^T + b, and the bias, whose gradient is left to whoever comes next and can sum it on the way."""
+    return functional.linear(x, layer.weight, layer.bias.detach()), layer.bias
+
+
+def _apply(function: Any, *inputs: Any) -> Tensor:
+    """Apply an autograd function, or its forward alone where there is nothing to differentiate."""
+    inputs = tuple(each.contiguous() if isinstance(each, Tensor) else each for each in inputs)
+    out: Tensor = function.apply(*inputs) if torch.is_grad_enabled() else function.forward(None, *inputs)
+    return out
+
+
+class _ReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, bias: Tensor) -> Tensor:
+        out: Tensor = torch.ops.recsys.relu_(z)
+        if ctx is not None:
+            ctx.mark_dirty(out)
+            ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.recsys.relu_backward(grad.contiguous(), *ctx.saved_tensors)
+
+
+class _BiasGELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, bias: Tensor) -> Tensor:
+        # Slopes take the place of z: what backward needs is found once, and in memory that is there already.
+        out: Tensor = torch.ops.recsys.bias_gelu_(z, bias, ctx is not None)
+        if ctx is not None:
+            ctx.save_for_backward(z, bias)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.recsys.gelu_backward(grad.contiguous(), *ctx.saved_tensors)
+
+
+class _Cross(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x0: Tensor, x: Tensor, z: Tensor, bias: Tensor) -> Tensor:
+        if ctx is not None:
+            ctx.save_for_backward(x0, z)
+        return torch.ops.recsys.cross(x0, z, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        by_x0, by_z, by_bias = torch.ops.recsys.cross_backward(grad.contiguous(), *ctx.saved_tensors)
+        return by_x0, grad, by_z, by_bias
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
+        if ctx is not None:
+            ctx.eps = eps
+            ctx.save_for_backward(x, residual, gain)
+        return torch.ops.recsys.norm(x, residual, gain, shift, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        by_x, by_gain, by_shift = torch.ops.recsys.norm_backward(grad.contiguous(), *ctx.saved_tensors, ctx.eps)
+        return by_x, by_x if ctx.needs_input_grad[1] else None, by_gain, by_shift, None
+
+
+class _MixNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
+        if ctx is not None:
+            ctx.eps = eps
+            ctx.save_for_backward(x, gain)
+        return torch.ops.recsys.mix_norm(x, gain, shift, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *torch.ops.recsys.mix_norm_backward(grad.contiguous(), *ctx.saved_tensors, ctx.eps), None
+
+
+class _Transposed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.ops.recsys.transposed(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.ops.recsys.transposed(grad.contiguous())
+
+
+class _WukongNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, fm: Tensor, tokens: Tensor, x: Tensor | None, gain: Tensor, shift: Tensor, eps: float
+    ) -> Tensor:
+        if ctx is not None:
+            ctx.eps = eps
+            ctx.save_for_backward(fm, tokens, x, gain)
+        return torch.ops.recsys.wukong_norm(fm, tokens, x, gain, shift, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        fm, tokens, x, gain = ctx.saved_tensors
+        back = torch.ops.recsys.wukong_norm_backward(grad.contiguous(), fm, tokens, x, gain, ctx.eps)
+        by_fm, by_tokens, by_x, by_gain, by_shift = back
+        return by_fm, by_tokens, None if x is None else by_x, by_gain, by_shift, None
