@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from recsys.backbones.fused import unfused
 from recsys.data.schema import Schema
 from recsys.members import MemberSpec
 from recsys.model import Member
 
 ATEN = torch.ops.aten
-PRODUCTS = (ATEN.mm, ATEN.addmm, ATEN.bmm, ATEN.baddbmm)
+PRODUCTS = {ATEN.mm: "mm", ATEN.addmm: "mm", ATEN.bmm: "bmm", ATEN.baddbmm: "bmm"}
+"""What multiplies, and what it is without the bias that it adds to: the last two operands' product."""
 ROW_BYTES = 64
 """One line of memory, or a table's row of 16 float32."""
 COPIED_BYTES = {"cpu": 256 * 2**20, "cuda": 2**31}
@@ -44,16 +46,16 @@ class Operand:
 
 @dataclass(frozen=True)
 class Product:
-    """One matrix product, plain or batched, perhaps onto a bias."""
+    """One matrix product, plain or batched."""
 
     operator: str
-    """mm, addmm, bmm or baddbmm."""
+    """mm or bmm."""
     operands: tuple[Operand, ...]
 
     @property
     def flops(self) -> int:
         """Multiplications and additions."""
-        *batch, rows, inner = self.operands[-2].size
+        *batch, rows, inner = self.operands[0].size
         return 2 * (batch[0] if batch else 1) * rows * inner * self.operands[-1].size[-1]
 
     def bare(self, dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
@@ -73,8 +75,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func.overloadpacket in PRODUCTS:
-            operands = tuple(Operand(tuple(x.shape), x.stride()) for x in args if isinstance(x, Tensor))
-            self.products.append(Product(func.overloadpacket.__name__, operands))
+            operands = [Operand(tuple(x.shape), x.stride()) for x in args if isinstance(x, Tensor)]
+            self.products.append(Product(PRODUCTS[func.overloadpacket], tuple(operands[-2:])))
         return func(*args, **(kwargs or {}))
 
 
@@ -93,7 +95,7 @@ def member_products(
     member = Member(spec, schema).to(device).train(backward)
     x_BFD = torch.randn(batch_size, len(schema.sparse), spec.model.embedding_dim, device=device, requires_grad=backward)
     dense_BN = torch.randn(batch_size, len(schema.dense), device=device)
-    with torch.set_grad_enabled(backward), _Recorder() as recorder:
+    with unfused(), torch.set_grad_enabled(backward), _Recorder() as recorder:
         with torch.autocast(device.type, torch.bfloat16):
             logits_B = member(x_BFD, dense_BN)
         if backward:

@@ -4,6 +4,7 @@ On a CPU whose matrix products are fast, a step is mostly this. Elsewhere, and i
 or vmapped, PyTorch's own operators do it, and give the same to rounding.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,9 +33,10 @@ def unfused() -> Iterator[None]:
 
 def linear_relu(layer: nn.Linear, x: Tensor) -> Tensor:
     """ReLU(x W^T + b), for x [B, in] and a layer that has a bias."""
-    if not _fits(x) or _product_dtype(x) not in _DTYPES:
+    dtype = _product_dtype(x)
+    if not _fits(x) or dtype not in _DTYPES:
         return functional.relu(layer(x))
-    return _apply(_ReLU, *_linear(layer, x))
+    return _apply(_LinearReLU, x.to(dtype), layer.weight.to(dtype), layer.bias)
 
 
 def bias_gelu(z: Tensor, bias: Tensor) -> Tensor:
@@ -49,9 +51,10 @@ def bias_gelu(z: Tensor, bias: Tensor) -> Tensor:
 
 def cross_layer(x0_BK: Tensor, layer: nn.Linear, h: Tensor, x_BK: Tensor) -> Tensor:
     """x_0 * (h W^T + b) + x, for a layer that has a bias; h is x itself or a projection of it."""
-    if not _fits(x0_BK, x_BK) or not _fits(h) or _product_dtype(h) != x0_BK.dtype:
+    dtype = _product_dtype(h)
+    if not _fits(x0_BK, x_BK) or not _fits(h) or dtype != x0_BK.dtype:
         return x0_BK * layer(h) + x_BK
-    return _apply(_Cross, x0_BK, x_BK, *_linear(layer, h))
+    return _apply(_CrossLayer, x0_BK, x_BK, h.to(dtype), layer.weight.to(dtype), layer.bias)
 
 
 class Norm(nn.LayerNorm):
@@ -121,9 +124,20 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
-def _linear(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
-    """X W^T + b, and the bias, whose gradient is left to whoever comes next and can sum it on the way."""
-    return functional.linear(x, layer.weight, layer.bias.detach()), layer.bias
+@functools.cache
+def _adds_bias() -> bool:
+    """Whether oneDNN multiplies bf16 here, and adds a bias on its way: PyTorch's addmm first copies it to all rows."""
+    return bool(hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return x W^T + b, of x and W in one type."""
+    bias = bias.to(x.dtype)
+    if x.dtype is torch.bfloat16 and _adds_bias():
+        # It has a ReLU too, which makes 0 of NaN.
+        z: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return z
+    return functional.linear(x, weight, bias)
 
 
 def _apply(function: Any, *inputs: Any) -> Tensor:
@@ -133,19 +147,20 @@ def _apply(function: Any, *inputs: Any) -> Tensor:
     return out
 
 
-class _ReLU(torch.autograd.Function):
+class _LinearReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, bias: Tensor) -> Tensor:
-        out: Tensor = torch.ops.recsys.relu_(z)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        out: Tensor = torch.ops.recsys.relu_(_linear(x, weight, bias))
         if ctx is not None:
-            ctx.mark_dirty(out)
-            ctx.save_for_backward(out)
+            ctx.save_for_backward(x, weight, out)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.recsys.relu_backward(grad.contiguous(), *ctx.saved_tensors)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, out = ctx.saved_tensors
+        by_z, by_bias = torch.ops.recsys.relu_backward(grad.contiguous(), out)
+        return by_z @ weight if ctx.needs_input_grad[0] else None, by_z.t() @ x, by_bias
 
 
 class _BiasGELU(torch.autograd.Function):
@@ -163,18 +178,20 @@ class _BiasGELU(torch.autograd.Function):
         return torch.ops.recsys.gelu_backward(grad.contiguous(), *ctx.saved_tensors)
 
 
-class _Cross(torch.autograd.Function):
+class _CrossLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x0: Tensor, x: Tensor, z: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x0: Tensor, x: Tensor, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        z = _linear(h, weight, bias)
         if ctx is not None:
-            ctx.save_for_backward(x0, z)
+            ctx.save_for_backward(x0, h, weight, z)
         return torch.ops.recsys.cross(x0, z, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        by_x0, by_z, by_bias = torch.ops.recsys.cross_backward(grad.contiguous(), *ctx.saved_tensors)
-        return by_x0, grad, by_z, by_bias
+        x0, h, weight, z = ctx.saved_tensors
+        by_x0, by_z, by_bias = torch.ops.recsys.cross_backward(grad.contiguous(), x0, z)
+        return by_x0, grad, by_z @ weight, by_z.t() @ h, by_bias
 
 
 class _Norm(torch.autograd.Function):
