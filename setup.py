@@ -7,23 +7,26 @@ try:
 except ImportError:  # an isolated build; the package works without
     extensions = []
 else:
+    # OpenMP at compile time alone: the threads are torch's own, of the library that torch brings. Sums may be
+    # reordered, so that they are vectorized; infinities and NaN stay what they are.
+    flags = [
+        *("-std=c++20", "-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
+        *("-fno-signed-zeros", "-fassociative-math", "-Wno-psabi"),
+    ]
+    folder = "recsys/native"
     extensions = [
         Extension(
-            "recsys.native.operators",
-            sources=["recsys/native/tables.cpp", "recsys/native/fused.cpp"],
-            depends=[f"recsys/native/{name}" for name in ("instructions.h", "rows.inl", "fused.inl")],
+            f"recsys.native.{name}",
+            sources=[f"{folder}/{name}.cpp"],
+            depends=[f"{folder}/{part}" for part in (inlined, "bf16.h", "instructions.h")],
             include_dirs=include_paths(),
             library_dirs=library_paths(),
             libraries=["torch_cpu", "c10"],
             language="c++",
-            # OpenMP at compile time alone: the threads are torch's own, of the library that torch brings.
-            # Sums may be reordered, so that they are vectorized; infinities and NaN stay what they are.
-            extra_compile_args=[
-                *("-std=c++20", "-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
-                *("-fno-signed-zeros", "-fassociative-math", "-Wno-psabi"),
-            ],
+            extra_compile_args=flags,
             optional=True,
         )
+        for name, inlined in {"tables": "rows.inl", "fused": "fused.inl"}.items()
     ]
 
-setup(ext_modules=extensions)
+setup(ext_modules=extensions, options={"build_ext": {"parallel": 2}})

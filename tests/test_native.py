@@ -19,7 +19,7 @@ from torch import Tensor
 
 import recsys.native
 from recsys.memory import HUGE_PAGE, zeros_on_huge_pages
-from recsys.native import available
+from recsys.native import available, instructions
 from recsys.sharding import native
 from recsys.sharding.native import KINDS, NativeTables, use_native
 
@@ -101,6 +101,46 @@ def test_tables_train_as_under_fbgemm(
     if kind != EmbOptimType.EXACT_SGD:
         for (found,), (expected,) in zip(ours.split_optimizer_states(), theirs.split_optimizer_states(), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["plain", "avx2", "avx512"])
+@kinds
+def test_every_instruction_set_trains_alike(kind: EmbOptimType, name: str) -> None:
+    widest = instructions()
+    if instructions(name) != name:
+        pytest.skip(f"this processor has no {name}")
+    theirs, ours = tables(kind), tables(kind)
+    batches = [batch(seed, most=5, skewed=True) for seed in range(2)]
+    train(ours, NativeTables(ours), batches)
+    instructions(widest)
+    train(theirs, theirs, batches)
+    torch.testing.assert_close(ours.weights_host, theirs.weights_host, rtol=1e-6, atol=1e-6)
+
+
+@kinds
+@pytest.mark.parametrize("most", [1, 40])
+def test_sums_in_bf16_are_float32_sums_rounded(kind: EmbOptimType, most: int) -> None:
+    """And gradients of them are read as they are."""
+    whole, halved = tables(kind), tables(kind)
+    before, after = NativeTables(whole), NativeTables(halved, torch.bfloat16)
+    for seed in range(3):
+        ids, offsets = batch(seed, most=most, skewed=True)
+        sums, rounded = before(ids, offsets), after(ids, offsets)
+        assert rounded.dtype is torch.bfloat16
+        assert torch.equal(rounded, sums.bfloat16())
+        grad = torch.randn(sums.shape).bfloat16()
+        sums.backward(grad.float())
+        rounded.backward(grad)
+        assert torch.equal(whole.weights_host, halved.weights_host)
+
+
+def test_no_number_stays_none_in_bf16() -> None:
+    made = tables(EmbOptimType.EXACT_SGD)
+    with torch.no_grad():
+        made.weights_host[:3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    offsets = torch.arange(6 * BATCH + 1)
+    first = NativeTables(made, torch.bfloat16)(torch.zeros_like(offsets[1:]), offsets)[0, :3]
+    assert str(first.tolist()) == "[nan, inf, -inf]"
 
 
 @kinds
@@ -199,7 +239,7 @@ def test_without_the_library_one_line_says_so(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(recsys.native, "__file__", str(folder / "__init__.py"))
     for damaged in (False, True):
         if damaged:
-            (library,) = Path(native.__file__).parents[1].glob("native/operators*.so")
+            (library,) = Path(native.__file__).parents[1].glob("native/tables*.so")
             shutil.copy(library, folder)
             (folder / library.name).write_bytes(b"not a library")
         assert not available.__wrapped__()

@@ -9,6 +9,8 @@ import torch
 
 log = logging.getLogger(__name__)
 
+LIBRARIES = ("tables", "fused")
+
 
 def instructions(most: str = "") -> str:
     """The instruction set that the operators use: plain, avx2, avx512 or avx512_bf16; the processor's widest.
@@ -23,16 +25,18 @@ def instructions(most: str = "") -> str:
 @functools.cache
 def available() -> bool:
     """Load the operators `torch.ops.recsys.*`, or say in one line why there are none and what that costs."""
-    library = Path(__file__).with_name(f"operators{sysconfig.get_config_var('EXT_SUFFIX')}")
-    reason = "not built: there was no compiler"
-    if library.exists():
-        try:
-            torch.ops.load_library(library)  # type: ignore[no-untyped-call]
-        except OSError as error:
-            reason = f"{library.name} was built for another torch ({str(error).partition(': ')[2]})"
-        else:
-            return True
-    log.warning(
-        "native operators: %s; FBGEMM's and PyTorch's do their work, slower on a CPU. `make setup` builds them", reason
-    )
-    return False
+    for name in LIBRARIES:
+        library = Path(__file__).with_name(f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}")
+        reason = "not built: there was no compiler"
+        if library.exists():
+            try:
+                torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+                continue
+            except OSError as error:
+                reason = f"{library.name} was built for another torch ({str(error).partition(': ')[2]})"
+        log.warning(
+            "native operators: %s; FBGEMM's and PyTorch's do their work, slower on a CPU. `make setup` builds them",
+            reason,
+        )
+        return False
+    return True

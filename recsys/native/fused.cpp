@@ -18,6 +18,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "bf16.h"
 #include "instructions.h"
 #ifdef RECSYS_X86
 #include <immintrin.h>
@@ -25,10 +26,6 @@
 
 namespace recsys {
 namespace {
-
-struct Bf16 {
-  uint16_t bits;
-};
 
 constexpr int64_t kLanes = 16;
 using Floats = float __attribute__((vector_size(64)));
@@ -96,12 +93,14 @@ inline Floats inverse(Floats x) {
 #define RECSYS_WIDEST(FUNCTION, ...) plain::FUNCTION<__VA_ARGS__>
 #endif
 
-#define RECSYS_FOR_WIDTH(WIDTH, ...)                       \
-  switch (WIDTH) {                                         \
-    case 16: { constexpr int N = 16; __VA_ARGS__; break; } \
-    case 64: { constexpr int N = 64; __VA_ARGS__; break; } \
-    case 128: { constexpr int N = 128; __VA_ARGS__; break; } \
-    default: { constexpr int N = 0; __VA_ARGS__; break; }  \
+// Run with N, which is COMMON where the width is, and else 0.
+#define RECSYS_FOR_WIDTH(WIDTH, COMMON, ...) \
+  if ((WIDTH) == (COMMON)) {                 \
+    constexpr int N = COMMON;                \
+    __VA_ARGS__;                             \
+  } else {                                   \
+    constexpr int N = 0;                     \
+    __VA_ARGS__;                             \
   }
 
 // Call `kernel(V{})` with the type of a tensor's values.
@@ -293,7 +292,7 @@ at::Tensor norm(const at::Tensor& x, const std::optional<at::Tensor>& residual, 
   by_type(x, [&](auto v) {
     using V = decltype(v);
     Blocks(1, x.numel() / width, width).run([&](int64_t, int64_t, int64_t row, int64_t rows) {
-      RECSYS_FOR_WIDTH(width, {
+      RECSYS_FOR_WIDTH(width, 128, {
         RECSYS_WIDEST(norm_rows, N, V)(in<V>(x), residual ? in<V>(*residual) : nullptr, in<float>(gain),
                                        in<float>(shift), out<V>(y), scratch_of(width), row, row + rows, width, eps);
       })
@@ -316,7 +315,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward(const at::Tensor& g
     using V = decltype(v);
     blocks.run([&](int64_t block, int64_t, int64_t row, int64_t rows) {
       const int64_t at = block * width;
-      RECSYS_FOR_WIDTH(width, {
+      RECSYS_FOR_WIDTH(width, 128, {
         RECSYS_WIDEST(norm_rows_backward, N, V)(in<V>(grad), in<V>(x), residual ? in<V>(*residual) : nullptr,
                                                 in<float>(gain), out<V>(grad_x), by_gain + at, by_shift + at,
                                                 scratch_of(width), row, row + rows, width, eps);
@@ -336,7 +335,7 @@ at::Tensor mix_norm(const at::Tensor& x, const at::Tensor& gain, const at::Tenso
   by_type(x, [&](auto v) {
     using V = decltype(v);
     Blocks(1, batch_size, tokens * width).run([&](int64_t, int64_t, int64_t row, int64_t rows) {
-      RECSYS_FOR_WIDTH(width, {
+      RECSYS_FOR_WIDTH(width, 128, {
         RECSYS_WIDEST(mix_norm_rows, N, V)(in<V>(x), in<float>(gain), in<float>(shift), out<V>(y),
                                            scratch_of(width, 3 * tokens * width), row, row + rows, tokens, batch_size, width,
                                            eps);
@@ -359,7 +358,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> mix_norm_backward(const at::Tenso
     using V = decltype(v);
     blocks.run([&](int64_t block, int64_t, int64_t row, int64_t rows) {
       const int64_t at = block * width;
-      RECSYS_FOR_WIDTH(width, {
+      RECSYS_FOR_WIDTH(width, 128, {
         RECSYS_WIDEST(mix_norm_rows_backward, N, V)(in<V>(grad), in<V>(x), in<float>(gain), out<V>(grad_x),
                                                     by_gain + at, by_shift + at, scratch_of(width, 3 * tokens * width), row,
                                                     row + rows, tokens, batch_size, width, eps);
@@ -415,7 +414,7 @@ at::Tensor wukong_norm(const at::Tensor& fm, const at::Tensor& tokens, const std
     const auto all = wukong<V>(fm, tokens, x, gain);
     y = at::empty({fm.size(0), all.num_out, all.dim}, fm.options());
     Blocks(1, fm.size(0), all.num_out * all.dim).run([&](int64_t, int64_t, int64_t row, int64_t rows) {
-      RECSYS_FOR_WIDTH(all.dim, {
+      RECSYS_FOR_WIDTH(all.dim, 16, {
         RECSYS_WIDEST(wukong_norm_rows, N, V)(all, in<float>(gain), in<float>(shift), out<V>(y),
                                               scratch_of(all.dim, all.num_tokens * all.dim), row, row + rows, eps);
       })
@@ -440,7 +439,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> wukong_no
     sums = at::zeros({2, blocks.each, all.dim}, gain.options());
     float *by_gain = out<float>(sums), *by_shift = by_gain + blocks.each * all.dim;
     blocks.run([&](int64_t block, int64_t, int64_t row, int64_t rows) {
-      RECSYS_FOR_WIDTH(all.dim, {
+      RECSYS_FOR_WIDTH(all.dim, 16, {
         RECSYS_WIDEST(wukong_norm_rows_backward, N, V)(
             in<V>(grad), all, in<float>(gain), out<V>(by_fm), out<V>(by_tokens), out<V>(by_x),
             by_gain + block * all.dim, by_shift + block * all.dim, scratch_of(all.dim, 2 * all.num_tokens * all.dim),

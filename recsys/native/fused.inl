@@ -44,9 +44,19 @@ inline void store(V* to, Floats lanes, int64_t count) {
 template <typename F>
 inline void over_lanes(int64_t width, F lanes) {
   int64_t n = 0;
-#pragma GCC unroll 8
   for (; n + kLanes <= width; n += kLanes) lanes(n);
   if (n < width) lanes(n, width - n);
+}
+
+// The same for a row of N columns, unrolled where N is known.
+template <int N, typename F>
+inline void over_row(int64_t width, F lanes) {
+  if constexpr (N) {
+#pragma GCC unroll 8
+    for (int64_t n = 0; n < N; n += kLanes) lanes(n);
+  } else {
+    over_lanes(width, lanes);
+  }
 }
 
 inline float sum_of(Floats v) {
@@ -169,9 +179,9 @@ template <int N, typename From>
 inline Moments kept(From from, Floats* row, int64_t row_width, float eps) {
   const int64_t width = N ? N : row_width;
   Floats sum{}, squares{};
-  over_lanes(width, [&](int64_t n, auto... count) { sum += row[n / kLanes] = from(n, count...); });
+  over_row<N>(width, [&](int64_t n, auto... count) { sum += row[n / kLanes] = from(n, count...); });
   const float mean = sum_of(sum) / width;
-  over_lanes(width, [&](int64_t n, auto... count) {
+  over_row<N>(width, [&](int64_t n, auto... count) {
     Floats apart = row[n / kLanes] - mean;
     if constexpr (sizeof...(count)) apart = load(reinterpret_cast<const float*>(&apart), count...);
     squares += apart * apart;
@@ -189,7 +199,7 @@ inline void norm_row(From from, const float* gain, const float* shift, V* out, f
                      float eps) {
   RECSYS_ROW(row)
   const Moments of = kept<N>(from, row, width, eps);
-  over_lanes(N ? N : width, [&](int64_t n, auto... count) {
+  over_row<N>(width, [&](int64_t n, auto... count) {
     const Floats unit = (row[n / kLanes] - of.mean) * of.inverse;
     store(out + n, unit * load(gain + n, count...) + load(shift + n, count...), count...);
   });
@@ -203,7 +213,7 @@ inline void norm_row_backward(From from, const V* grad, const float* gain, G* gr
   RECSYS_ROW(row)
   const Moments of = kept<N>(from, row, width, eps);
   Floats sum{}, dot{};
-  over_lanes(width, [&](int64_t n, auto... count) {
+  over_row<N>(width, [&](int64_t n, auto... count) {
     const Floats by_out = load(grad + n, count...), unit = (row[n / kLanes] - of.mean) * of.inverse;
     store(grad_gain + n, load(grad_gain + n, count...) + by_out * unit, count...);
     store(grad_shift + n, load(grad_shift + n, count...) + by_out, count...);
@@ -213,7 +223,7 @@ inline void norm_row_backward(From from, const V* grad, const float* gain, G* gr
     row[n / kLanes] = unit;
   });
   const float mean = sum_of(sum) / width, along = sum_of(dot) / width;
-  over_lanes(width, [&](int64_t n, auto... count) {
+  over_row<N>(width, [&](int64_t n, auto... count) {
     const Floats by_unit = load(grad + n, count...) * load(gain + n, count...);
     store(grad_x + n, (by_unit - mean - row[n / kLanes] * along) * of.inverse, count...);
   });

@@ -4,19 +4,35 @@
 
 // Rows ahead of the one at hand whose lines are asked for: about the latency of memory over the time that a row takes.
 constexpr int64_t kAhead = 12;
-constexpr int64_t kLineFloats = 16;
+constexpr int64_t kLineBytes = 64;
 constexpr int64_t kMaxLines = 4;  // a longer row's others are foreseen by the processor
 
-template <int D, bool Write>
-inline void ask_for(const float* row, int64_t dim) {
-  const int64_t lines = std::min((dim + kLineFloats - 1) / kLineFloats, kMaxLines);
-  for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(row + line * kLineFloats, Write, 3);
+template <int D, bool Write, typename V>
+inline void ask_for(const V* row, int64_t dim) {
+  const int64_t bytes = dim * static_cast<int64_t>(sizeof(V));
+  const int64_t lines = std::min((bytes + kLineBytes - 1) / kLineBytes, kMaxLines);
+  for (int64_t line = 0; line < lines; ++line) {
+    __builtin_prefetch(reinterpret_cast<const char*>(row) + line * kLineBytes, Write, 3);
+  }
 }
 
+inline float to_float(float value) { return value; }
+inline float to_float(Bf16 value) { return std::bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
+
+inline void put(float* to, float value) { *to = value; }
+// To the nearest, ties to even; NaN stays NaN.
+inline void put(Bf16* to, float value) {
+  const auto bits = std::bit_cast<uint32_t>(value), nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  to->bits = static_cast<uint16_t>(value == value ? nearest : nearest | 0x7FC0);
+}
+
+// Columns that are summed together, in float, before they are written in another type.
+constexpr int64_t kSummed = 128;
+
 // Write the sums of rows for bags [begin, end) of one feature.
-template <int D, typename Id>
+template <int D, typename Id, typename V>
 void sum_bags(const Feature& feature, const float* weights, const Id* ids, const Id* offsets, int64_t begin,
-              int64_t end, float* out, int64_t out_width) {
+              int64_t end, V* out, int64_t out_width) {
   const int64_t dim = D ? D : feature.dim;
   const float* table = weights + feature.weights;
   const int64_t past_all = offsets[end];
@@ -24,17 +40,25 @@ void sum_bags(const Feature& feature, const float* weights, const Id* ids, const
     ask_for<D, false>(table + ids[at] * dim, dim);
   }
   for (int64_t bag = begin; bag < end; ++bag) {
-    float* sum = out + bag * out_width + feature.column;
+    V* sum = out + bag * out_width + feature.column;
     const int64_t first = offsets[bag], past = offsets[bag + 1];
-    if (past == first) std::memset(sum, 0, dim * sizeof(float));
+    if (past == first) std::memset(sum, 0, dim * sizeof(V));
     for (int64_t at = first; at < past; ++at) {
       if (at + kAhead < past_all) ask_for<D, false>(table + ids[at + kAhead] * dim, dim);
-      const float* row = table + ids[at] * dim;
-      if (at == first) {
-        for (int64_t d = 0; d < dim; ++d) sum[d] = row[d];
-      } else {
-        for (int64_t d = 0; d < dim; ++d) sum[d] += row[d];
+    }
+    if (past == first + 1) {
+      const float* row = table + ids[first] * dim;
+      for (int64_t d = 0; d < dim; ++d) put(sum + d, row[d]);
+      continue;
+    }
+    for (int64_t from = 0; past > first && from < dim; from += kSummed) {
+      const int64_t columns = std::min(kSummed, dim - from);
+      float sums[kSummed] = {};
+      for (int64_t at = first; at < past; ++at) {
+        const float* row = table + ids[at] * dim + from;
+        for (int64_t d = 0; d < columns; ++d) sums[d] += row[d];
       }
+      for (int64_t d = 0; d < columns; ++d) put(sum + from + d, sums[d]);
     }
   }
 }
@@ -60,51 +84,59 @@ inline void update_row(float* __restrict__ row, float* __restrict__ squares, con
   }
 }
 
-template <int D, bool First>
-inline void add_clipped(float* __restrict__ sum, const float* __restrict__ grad, int64_t row_dim, float limit) {
+template <int D, bool First, typename V>
+inline void add_clipped(float* __restrict__ sum, const V* __restrict__ grad, int64_t row_dim, float limit) {
   const int64_t dim = D ? D : row_dim;
   for (int64_t d = 0; d < dim; ++d) {
-    const float cut = std::min(std::max(grad[d], -limit), limit);
+    const float cut = std::min(std::max(to_float(grad[d]), -limit), limit);
     sum[d] = First ? cut : sum[d] + cut;
   }
 }
 
-// Sum the gradients of each distinct id of a table, and update its row; of the ids, those of one part of `parts`.
-template <int D, Kind K, typename Id>
-void update_table(const Task& task, const std::vector<Feature>& features, float* weights, float* state, const Id* ids,
-                  const Id* offsets, const float* grad, int64_t grad_width, int64_t batch_size, const Rates& rates,
-                  Scratch& scratch) {
-  const Feature& table = features[task.features.front()];
-  const int64_t dim = D ? D : table.dim;
-  scratch.begin(task.lookups, table.rows);
+// Find the distinct ids of a table; of the ids, those of one part of `parts`.
+template <typename Id>
+void find_rows(const Task& task, const std::vector<Feature>& features, const Id* ids, const Id* offsets,
+               int64_t grad_width, int64_t batch_size, Scratch& scratch) {
+  scratch.begin(task.lookups, features[task.features.front()].rows);
   for (int64_t f : task.features) {
     const Id* bags = offsets + f * batch_size;
     for (int64_t bag = 0; bag < batch_size; ++bag) {
-      const float* of_bag = grad + bag * grad_width + features[f].column;
+      const int64_t of_bag = bag * grad_width + features[f].column;
       for (int64_t at = bags[bag]; at < bags[bag + 1]; ++at) {
         const auto id = static_cast<uint32_t>(ids[at]);
         if (task.parts == 1 || part_of(id, task.parts) == task.part) scratch.add(id, of_bag);
       }
     }
   }
+}
 
-  // In the order of the batch, so that gradients are read ahead; the sums stay in the cache.
-  const auto& found = scratch.found;
+// Sum the gradients of each id, in the order of the batch, so that gradients are read ahead; the sums stay in the cache.
+template <int D, typename V>
+void sum_gradients(const V* grad, int64_t table_dim, float limit, Scratch& scratch) {
+  const int64_t dim = D ? D : table_dim;
   const auto& came = scratch.came;
-  const auto num_came = static_cast<int64_t>(came.size()), num_found = static_cast<int64_t>(found.size());
-  float* sums = scratch.sums(num_found * dim);
+  const auto num_came = static_cast<int64_t>(came.size());
+  float* sums = scratch.sums(static_cast<int64_t>(scratch.found.size()) * dim);
   uint32_t seen = 0;
   for (int64_t at = 0; at < num_came; ++at) {
-    if (at + kAhead < num_came) ask_for<D, false>(came[at + kAhead].grad, dim);
+    if (at + kAhead < num_came) ask_for<D, false>(grad + came[at + kAhead].grad, dim);
     float* sum = sums + came[at].found * dim;
     if (came[at].found == seen) {
-      add_clipped<D, true>(sum, came[at].grad, dim, rates.limit);
+      add_clipped<D, true>(sum, grad + came[at].grad, dim, limit);
       ++seen;
     } else {
-      add_clipped<D, false>(sum, came[at].grad, dim, rates.limit);
+      add_clipped<D, false>(sum, grad + came[at].grad, dim, limit);
     }
   }
+}
 
+// Update the row of each id by the sum of its gradients.
+template <int D, Kind K>
+void update_rows(const Feature& table, float* weights, float* state, const Rates& rates, Scratch& scratch) {
+  const int64_t dim = D ? D : table.dim;
+  const auto& found = scratch.found;
+  const auto num_found = static_cast<int64_t>(found.size());
+  const float* sums = scratch.sums(num_found * dim);
   float* rows = weights + table.weights;
   float* squares = K == Kind::sgd ? nullptr : state + table.state;
   const auto ask = [&](int64_t at) {

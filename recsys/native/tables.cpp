@@ -18,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#include "bf16.h"
 #include "instructions.h"
 
 namespace recsys {
@@ -57,7 +58,7 @@ inline int part_of(uint32_t id, int parts) {
 class Scratch {
  public:
   struct Came {
-    const float* grad;
+    int64_t grad;    // where it begins
     uint32_t found;  // in which place its id is
   };
   std::vector<uint32_t> found;
@@ -73,7 +74,7 @@ class Scratch {
     came.clear();
   }
 
-  void add(uint32_t id, const float* grad) {
+  void add(uint32_t id, int64_t grad) {
     if (!direct_ && 2 * found.size() >= slots_.size()) grow();
     Slot& slot = slot_of(id);
     if (slot.found == kNone) {
@@ -190,7 +191,7 @@ void check_ids(const Feature& feature, int64_t f, const Id* ids, int64_t begin, 
                     static_cast<int64_t>(highest), ", its table ", feature.rows, " rows");
 }
 
-template <typename Id>
+template <typename Id, typename V>
 void lookup(const std::vector<Feature>& features, const at::Tensor& weights, const at::Tensor& ids,
             const at::Tensor& offsets, int64_t batch_size, at::Tensor& out) {
   const int64_t blocks = (batch_size + kBlock - 1) / kBlock;
@@ -209,26 +210,42 @@ void lookup(const std::vector<Feature>& features, const at::Tensor& weights, con
         }
         check_ids(features[f], static_cast<int64_t>(f), all_ids, bags[begin], bags[end]);
         RECSYS_FOR_DIM(features[f].dim, {
-          const auto kernel = RECSYS_WIDEST(sum_bags, D, Id);
+          const auto kernel = RECSYS_WIDEST(sum_bags, D, Id, V);
           kernel(features[f], weights.const_data_ptr<float>(), all_ids, bags, begin, end,
-                 out.mutable_data_ptr<float>(), out.size(1));
+                 static_cast<V*>(out.mutable_data_ptr()), out.size(1));
         })
       }
     }
   });
 }
 
+// Call `run(Id{}, V{})` with the types of ids, and of sums or their gradients.
+template <typename F>
+void by_types(const at::Tensor& ids, const at::Tensor& values, F run) {
+  const auto by_values = [&](auto id) {
+    if (values.scalar_type() == at::kBFloat16) {
+      run(id, Bf16{});
+    } else {
+      run(id, float{});
+    }
+  };
+  if (ids.scalar_type() == at::kInt) {
+    by_values(int32_t{});
+  } else {
+    by_values(int64_t{});
+  }
+}
+
 at::Tensor lookup_sum(const at::Tensor& weights, const at::Tensor& tables, const at::Tensor& ids,
-                      const at::Tensor& offsets, int64_t width) {
+                      const at::Tensor& offsets, int64_t width, at::ScalarType dtype) {
   check(weights, ids, offsets);
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, "sums of float32 or bfloat16 expected, not ", dtype);
   const auto features = features_of(tables);
   const int64_t batch_size = batch_size_of(offsets, features.size());
-  auto out = at::empty({batch_size, width}, weights.options());
-  if (ids.scalar_type() == at::kInt) {
-    lookup<int32_t>(features, weights, ids, offsets, batch_size, out);
-  } else {
-    lookup<int64_t>(features, weights, ids, offsets, batch_size, out);
-  }
+  auto out = at::empty({batch_size, width}, weights.options().dtype(dtype));
+  by_types(ids, out, [&](auto id, auto v) {
+    lookup<decltype(id), decltype(v)>(features, weights, ids, offsets, batch_size, out);
+  });
   return out;
 }
 
@@ -262,35 +279,36 @@ std::vector<Task> tasks_of(const std::vector<Feature>& features, const Id* offse
   return tasks;
 }
 
-template <Kind K, typename Id>
-void update(const std::vector<Feature>& features, at::Tensor& weights, at::Tensor& state, const at::Tensor& ids,
+template <typename Id, typename V>
+void update(Kind kind, const std::vector<Feature>& features, float* weights, float* state, const at::Tensor& ids,
             const at::Tensor& offsets, const at::Tensor& grad, const Rates& rates) {
-  const int64_t batch_size = grad.size(0);
-  const auto* all_offsets = offsets.const_data_ptr<Id>();
+  const int64_t batch_size = grad.size(0), width = grad.size(1);
+  const auto *all_ids = ids.const_data_ptr<Id>(), *all_offsets = offsets.const_data_ptr<Id>();
+  const auto* grads = static_cast<const V*>(grad.const_data_ptr());
   const auto tasks = tasks_of(features, all_offsets, batch_size);
   std::atomic<size_t> next{0};
   const int64_t workers = std::min<int64_t>(at::get_num_threads(), static_cast<int64_t>(tasks.size()));
   at::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
     thread_local Scratch scratch;
     for (size_t at; (at = next.fetch_add(1)) < tasks.size();) {
-      const Task& task = tasks[at];
-      RECSYS_FOR_DIM(features[task.features.front()].dim, {
-        const auto kernel = RECSYS_WIDEST(update_table, D, K, Id);
-        kernel(task, features, weights.mutable_data_ptr<float>(), state.mutable_data_ptr<float>(),
-               ids.const_data_ptr<Id>(), all_offsets, grad.const_data_ptr<float>(), grad.size(1), batch_size, rates,
-               scratch);
+      const Feature& table = features[tasks[at].features.front()];
+      RECSYS_WIDEST(find_rows, Id)(tasks[at], features, all_ids, all_offsets, width, batch_size, scratch);
+      RECSYS_FOR_DIM(table.dim, {
+        RECSYS_WIDEST(sum_gradients, D, V)(grads, table.dim, rates.limit, scratch);
+        const auto update_rows = kind == Kind::sgd       ? RECSYS_WIDEST(update_rows, D, Kind::sgd)
+                                 : kind == Kind::adagrad ? RECSYS_WIDEST(update_rows, D, Kind::adagrad)
+                                                         : RECSYS_WIDEST(update_rows, D, Kind::rowwise_adagrad);
+        update_rows(table, weights, state, rates, scratch);
       })
     }
   });
 }
 
-template <typename Id>
-void update(c10::string_view kind, const std::vector<Feature>& features, at::Tensor& weights, at::Tensor& state,
-            const at::Tensor& ids, const at::Tensor& offsets, const at::Tensor& grad, const Rates& rates) {
-  if (kind == "sgd") return update<Kind::sgd, Id>(features, weights, state, ids, offsets, grad, rates);
-  if (kind == "adagrad") return update<Kind::adagrad, Id>(features, weights, state, ids, offsets, grad, rates);
-  TORCH_CHECK(kind == "rowwise_adagrad", "no optimizer ", kind);
-  update<Kind::rowwise_adagrad, Id>(features, weights, state, ids, offsets, grad, rates);
+Kind kind_of(c10::string_view name) {
+  if (name == "sgd") return Kind::sgd;
+  if (name == "adagrad") return Kind::adagrad;
+  TORCH_CHECK(name == "rowwise_adagrad", "no optimizer ", name);
+  return Kind::rowwise_adagrad;
 }
 
 void update_(at::Tensor weights, at::Tensor state, const at::Tensor& tables, const at::Tensor& ids,
@@ -300,12 +318,11 @@ void update_(at::Tensor weights, at::Tensor state, const at::Tensor& tables, con
   const auto features = features_of(tables);
   TORCH_CHECK(grad.size(0) == batch_size_of(offsets, features.size()), "a gradient row for each bag expected");
   const Rates rates{static_cast<float>(lr), static_cast<float>(eps), static_cast<float>(limit)};
-  const auto whole = grad.to(at::kFloat).contiguous();
-  if (ids.scalar_type() == at::kInt) {
-    update<int32_t>(kind, features, weights, state, ids, offsets, whole, rates);
-  } else {
-    update<int64_t>(kind, features, weights, state, ids, offsets, whole, rates);
-  }
+  const auto whole = (grad.scalar_type() == at::kBFloat16 ? grad : grad.to(at::kFloat)).contiguous();
+  by_types(ids, whole, [&](auto id, auto v) {
+    update<decltype(id), decltype(v)>(kind_of(kind), features, weights.mutable_data_ptr<float>(),
+                                      state.mutable_data_ptr<float>(), ids, offsets, whole, rates);
+  });
 }
 
 std::string instructions(c10::string_view most) {
@@ -322,7 +339,8 @@ std::string instructions(c10::string_view most) {
 
 TORCH_LIBRARY(recsys, library) {
   library.def("instructions(str most) -> str", &recsys::instructions);
-  library.def("lookup_sum(Tensor weights, Tensor tables, Tensor ids, Tensor offsets, int width) -> Tensor");
+  library.def(
+      "lookup_sum(Tensor weights, Tensor tables, Tensor ids, Tensor offsets, int width, ScalarType dtype) -> Tensor");
   library.def(
       "update_(Tensor(a!) weights, Tensor(b!) state, Tensor tables, Tensor ids, Tensor offsets, Tensor grad, "
       "str kind, float lr, float eps, float limit) -> ()");

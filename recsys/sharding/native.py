@@ -29,17 +29,18 @@ KINDS: dict[EmbOptimType, str] = {
 """The operators' words for FBGEMM's."""
 
 
-def use_native(module: nn.Module) -> None:
+def use_native(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     """Have tables that lie on a CPU looked up and updated by our operators, where they can be.
 
     Args:
         module: just sharded: its tables and their state hold zeros.
+        dtype: of what they give, float32 or bfloat16. All is summed in float32.
     """
     for part in batches_of_tables(module):
         if part.use_cpu and _fits(part) and available():
             for values in (part.weights_host, part.momentum1_host):
                 zeros_on_huge_pages(values.detach())
-            part.forward = NativeTables(part)
+            part.forward = NativeTables(part, dtype)
 
 
 def _fits(tables: SplitTableBatchedEmbeddingBagsCodegen) -> bool:
@@ -60,10 +61,12 @@ class NativeTables:
 
     Args:
         tables: float32, on a CPU.
+        dtype: of the sums.
     """
 
-    def __init__(self, tables: SplitTableBatchedEmbeddingBagsCodegen) -> None:
+    def __init__(self, tables: SplitTableBatchedEmbeddingBagsCodegen, dtype: torch.dtype = torch.float32) -> None:
         self._tables = tables
+        self._dtype = dtype
         self._fbgemm = tables.forward
         self._kind = KINDS[tables.optimizer]
         self._facts = _facts(tables)
@@ -86,7 +89,8 @@ class NativeTables:
 
     def look_up(self, weights: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
         """The sums, without a gradient."""
-        sums: Tensor = torch.ops.recsys.lookup_sum(weights, self._facts, ids, offsets, self._tables.total_D)
+        width = self._tables.total_D
+        sums: Tensor = torch.ops.recsys.lookup_sum(weights, self._facts, ids, offsets, width, self._dtype)
         return sums
 
     def update(self, ids: Tensor, offsets: Tensor, grad: Tensor) -> None:

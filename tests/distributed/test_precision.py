@@ -15,6 +15,8 @@ from recsys.distributed import World, process_group
 from recsys.embeddings.config import EmbeddingConfig, Owner
 from recsys.embeddings.init import init_tables
 from recsys.embeddings.precision import check_precision, check_replicated, for_inference, fused_params
+from recsys.sharding.native import use_native
+from recsys.training import sharded
 from recsys.training.checkpoint import folder as checkpoints
 from recsys.training.checkpoint.saver import save_once
 from recsys.training.checkpoint.state import state_of
@@ -60,6 +62,25 @@ def test_fp16_tables_train_close_to_fp32(outcomes: dict[str, Outcome]) -> None:
     one, other = outcomes["fp32"].losses_SM, outcomes["fp16"].losses_SM
     assert 0 < abs(one - other).max() < 2e-3
     assert abs(outcomes["fp32"].logits_NM - outcomes["fp16"].logits_NM).mean() < 0.01
+
+
+def test_tables_that_give_bf16_train_as_those_whose_vectors_are_cast(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one rank members of bf16 get bf16 at once: the same bits as a cast on the way."""
+    config = small_config(prepared, members=("dcnv2", "wukong"), precision="bf16")
+    given: list[torch.dtype] = []
+
+    def cast_on_the_way(module: torch.nn.Module, dtype: torch.dtype) -> None:
+        given.append(dtype)
+        use_native(module)
+
+    (at_once,) = train_here([config])
+    monkeypatch.setattr(sharded, "use_native", cast_on_the_way)
+    (cast,) = train_here([config])
+    assert set(given) == {torch.bfloat16}
+    np.testing.assert_array_equal(at_once.losses_SM, cast.losses_SM)
+    np.testing.assert_array_equal(at_once.logits_NM, cast.logits_NM)
 
 
 def table_shards(trainer: Trainer) -> dict[str, torch.Tensor]:
