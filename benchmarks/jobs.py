@@ -160,12 +160,13 @@ class LocalJob:
         of_row, of_element = STATE_VALUES[self.setting.optimizer.tables]
         dim = self.setting.dim
         members = 1 if self.setting.model.tables == "shared" else len(self.specs)
+        halved = self.setting.model.precision == "bf16" and self.world.size == 1 and native.available()
         return TableTraffic(
             bags=members * bags // num_batches,
             unique_rows=members * unique // num_batches,
             row_bytes=dim * BYTES[self.setting.model.table_dtype],
             state_bytes=4 * (of_row + of_element * dim),
-            output_bytes=4 * dim,
+            output_bytes=(2 if halved and self.world.device.type == "cpu" else 4) * dim,
         )
 
 

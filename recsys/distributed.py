@@ -1,5 +1,6 @@
 """The process group, and the only place but the CLI's error line that reads torchrun's variables."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store as _default_store
 
+from recsys import native
 from recsys.config import InputError
 from recsys.memory import keep_freed
 
@@ -63,6 +65,8 @@ def process_group() -> Iterator[World]:
         device=_device(local_rank, local_size),
         attempt=int(launched.get("TORCHELASTIC_RESTART_COUNT", "0")),
     )
+    if not world.is_first:
+        native.log.setLevel(logging.ERROR)  # whether operators are missing, the first rank says for all
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     else:
