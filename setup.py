@@ -1,6 +1,14 @@
 """Builds the C++ operators of recsys/native where torch and a compiler are; without, FBGEMM and PyTorch do the work."""
 
+import sys
+from pathlib import Path
+
 from setuptools import Extension, setup
+
+FOLDER = Path("recsys/native")
+sys.path.insert(0, str(FOLDER))
+
+from sources import digest  # noqa: E402  (without torch, which an isolated build has not)
 
 try:
     from torch.utils.cpp_extension import include_paths, library_paths
@@ -13,15 +21,15 @@ else:
         *("-std=c++20", "-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
         *("-fno-signed-zeros", "-fassociative-math", "-Wno-psabi"),
     ]
-    folder = "recsys/native"
     extensions = [
         Extension(
             f"recsys.native.{name}",
-            sources=[f"{folder}/{name}.cpp"],
-            depends=[f"{folder}/{part}" for part in (inlined, "bf16.h", "instructions.h")],
+            sources=[f"{FOLDER}/{name}.cpp"],
+            depends=[f"{FOLDER}/{part}" for part in (inlined, "bf16.h", "instructions.h")],
             include_dirs=include_paths(),
             library_dirs=library_paths(),
             libraries=["torch_cpu", "c10"],
+            define_macros=[("RECSYS_SOURCES", f'"{digest(FOLDER)}"')],
             language="c++",
             extra_compile_args=flags,
             optional=True,

@@ -125,7 +125,7 @@ class LocalJob:
             "table_bytes": traffic.total,
             "table_floor_ms": 1e3 * traffic.seconds(found),
             "threads": torch.get_num_threads(),
-            "native_tables": native.available(),
+            "native": native.available("tables") and native.available("fused"),
             "device": self.world.device.type
             if self.world.device.type == "cpu"
             else torch.cuda.get_device_name(self.world.device),
@@ -160,7 +160,7 @@ class LocalJob:
         of_row, of_element = STATE_VALUES[self.setting.optimizer.tables]
         dim = self.setting.dim
         members = 1 if self.setting.model.tables == "shared" else len(self.specs)
-        halved = self.setting.model.precision == "bf16" and self.world.size == 1 and native.available()
+        halved = self.setting.model.precision == "bf16" and self.world.size == 1 and native.available("tables")
         return TableTraffic(
             bags=members * bags // num_batches,
             unique_rows=members * unique // num_batches,

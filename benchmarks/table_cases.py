@@ -201,7 +201,7 @@ def cases(
 ) -> dict[str, Case]:
     """FBGEMM's way, and on a CPU ours, over the same tables."""
     made = {FBGEMM: Case(tables.forward, batches, synchronize)}
-    if tables.use_cpu and available():
+    if tables.use_cpu and available("tables"):
         made[OURS] = Case(NativeTables(tables), batches, synchronize)
     return made
 

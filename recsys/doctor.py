@@ -32,7 +32,8 @@ gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 for device in ["cpu", *(["cuda"] if gpus else [])]:
     offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(torch.tensor([1, 2, 3], device=device))
     assert offsets.tolist() == [0, 1, 3, 6], offsets
-print(json.dumps({"cuda": torch.version.cuda, "gpus": gpus, "native": available() and instructions()}))
+native = available("tables") and available("fused") and instructions()
+print(json.dumps({"cuda": torch.version.cuda, "gpus": gpus, "native": native}))
 """
 
 

@@ -31,7 +31,7 @@ kinds = pytest.mark.parametrize("kind", sorted(KINDS, key=str))
 
 @pytest.fixture(autouse=True)
 def built() -> None:
-    if not available():
+    if not available("tables"):
         pytest.skip("the operators are not built: there was no compiler")
 
 
@@ -242,11 +242,25 @@ def test_without_the_library_one_line_says_so(tmp_path: Path, monkeypatch: pytes
             (library,) = Path(native.__file__).parents[1].glob("native/tables*.so")
             shutil.copy(library, folder)
             (folder / library.name).write_bytes(b"not a library")
-        assert not available.__wrapped__()
+        assert not available.__wrapped__("tables")
         line = lines.pop()
-        assert "FBGEMM's and PyTorch's do their work" in line
+        assert "FBGEMM does their work" in line
         assert ("another torch" in line) == damaged
     assert not lines
+
+
+def test_a_library_of_other_sources_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "native"
+    shutil.copytree(Path(recsys.native.__file__).parent, folder)
+    monkeypatch.setattr(recsys.native, "__file__", str(folder / "__init__.py"))
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)  # it is loaded already
+    assert available.__wrapped__("tables")
+    with (folder / "rows.inl").open("a") as source:
+        source.write("// changed\n")
+    lines: list[str] = []
+    monkeypatch.setattr(recsys.native.log, "warning", lambda line, *values: lines.append(line % values))
+    assert not available.__wrapped__("tables")
+    assert "was built from other sources" in lines[0]
 
 
 def test_huge_pages_leave_zeros_zeros_and_neighbours_alone() -> None:

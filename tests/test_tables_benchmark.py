@@ -70,7 +70,7 @@ def test_a_lookup_leaves_tables_as_they_are_and_an_update_does_not() -> None:
     tables = make_tables(SIZES, CPU)
     batches = lookups(SIZES, draw(SIZES, "uniform", 1.0, 8, 1), 1, CPU)
     made = cases(tables, batches, lambda: None)
-    assert made.keys() == ({OURS, FBGEMM} if available() else {FBGEMM})
+    assert made.keys() == ({OURS, FBGEMM} if available("tables") else {FBGEMM})
     for case in made.values():
         before = tables.weights_host.detach().clone()
         assert case.lookup(2) > 0
@@ -118,7 +118,7 @@ def test_tables_that_do_not_fit_are_fewer_or_none(capsys: pytest.CaptureFixture[
 
 
 @LIBRARIES
-@pytest.mark.skipif(not available(), reason="the operators are not built: there was no compiler")
+@pytest.mark.skipif(not available("tables"), reason="the operators are not built: there was no compiler")
 def test_tables_are_measured_side_by_side_and_drawn(small: Path) -> None:
     config = Config(
         dim=(4,),

@@ -1,12 +1,14 @@
 """What stands between matrix products, in one pass over memory each where a CPU has our operators for it.
 
-On a CPU whose matrix products are fast, a step is mostly this. Elsewhere, and in whatever is traced, exported, compiled
-or vmapped, PyTorch's own operators do it, and give the same to rounding.
+On a CPU whose matrix products are fast, a step is mostly this. Elsewhere, and in what is traced by torch.fx or
+torch.jit, exported, compiled or vmapped, PyTorch's own operators do it, and give the same to rounding. Ours have first
+derivatives alone: for second ones, or forward mode, see `unfused`.
 """
 
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch.nn import functional
 
 from recsys.native import available
 
-_ALLOWED = [True]
+_allowed = ContextVar("fused", default=True)
 _DTYPES = (torch.float32, torch.bfloat16)
 """What the operators take."""
 
@@ -24,17 +26,17 @@ _DTYPES = (torch.float32, torch.bfloat16)
 @contextmanager
 def unfused() -> Iterator[None]:
     """Leave everything to PyTorch, whatever is there: what others' trainers are made of."""
-    before, _ALLOWED[0] = _ALLOWED[0], False
+    before = _allowed.set(False)
     try:
         yield
     finally:
-        _ALLOWED[0] = before
+        _allowed.reset(before)
 
 
 def linear_relu(layer: nn.Linear, x: Tensor) -> Tensor:
     """ReLU(x W^T + b), for x [B, in] and a layer that has a bias."""
     dtype = _product_dtype(x)
-    if not _fits(x) or dtype not in _DTYPES:
+    if not _fits(x) or x.dim() != 2 or dtype not in _DTYPES or _hooked(layer):
         return functional.relu(layer(x))
     return _apply(_LinearReLU, x.to(dtype), layer.weight.to(dtype), layer.bias)
 
@@ -44,7 +46,7 @@ def bias_gelu(z: Tensor, bias: Tensor) -> Tensor:
 
     z is used up: nothing else may need it.
     """
-    if not _fits(z):
+    if not _fits(z) or not _in_float32(bias):
         return functional.gelu(z + bias.unsqueeze(1).to(z.dtype))
     return _apply(_BiasGELU, z, bias)
 
@@ -52,7 +54,7 @@ def bias_gelu(z: Tensor, bias: Tensor) -> Tensor:
 def cross_layer(x0_BK: Tensor, layer: nn.Linear, h: Tensor, x_BK: Tensor) -> Tensor:
     """x_0 * (h W^T + b) + x, for a layer that has a bias; h is x itself or a projection of it."""
     dtype = _product_dtype(h)
-    if not _fits(x0_BK, x_BK) or not _fits(h) or dtype != x0_BK.dtype:
+    if not _fits(x0_BK, x_BK) or not _fits(h) or dtype != x0_BK.dtype or _hooked(layer):
         return x0_BK * layer(h) + x_BK
     return _apply(_CrossLayer, x0_BK, x_BK, h.to(dtype), layer.weight.to(dtype), layer.bias)
 
@@ -65,7 +67,7 @@ class Norm(nn.LayerNorm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalise [..., width]."""
-        if _fits(x) and (residual is None or _fits(x, residual)):
+        if _fits(x) and (residual is None or _fits(x, residual)) and _in_float32(self.weight, self.bias):
             return _apply(_Norm, x, residual, self.weight, self.bias, self.eps)
         return super().forward(x if residual is None else x + residual)
 
@@ -75,7 +77,7 @@ def mix_norm(norm: nn.LayerNorm, x_TBD: Tensor) -> Tensor:
 
     Token h of Mix(X) is the concatenation over t of head h of x_t, each x_t split in T heads of D / T.
     """
-    if _fits(x_TBD):
+    if _fits(x_TBD) and _in_float32(norm.weight, norm.bias) and not _hooked(norm):
         return _apply(_MixNorm, x_TBD, norm.weight, norm.bias, norm.eps)
     num_tokens = x_TBD.shape[0]
     # Heads become tokens and tokens heads: [T, B, heads, D / T], T heads.
@@ -89,7 +91,8 @@ def wukong_norm(norm: nn.LayerNorm, fm_BN: Tensor, tokens_BDT: Tensor, x_BTD: Te
     R is x [B, n_F + n_L, D]. Without x, it is the last n_F + n_L tokens of [B, D, n_L + n_F + n_L], behind L.
     """
     more = (tokens_BDT,) if x_BTD is None else (tokens_BDT, x_BTD)
-    if _fits(fm_BN) and all(_fits(each) and each.dtype == fm_BN.dtype for each in more):
+    alike = all(_fits(each) and each.dtype == fm_BN.dtype for each in (fm_BN, *more))
+    if alike and _in_float32(norm.weight, norm.bias) and not _hooked(norm):
         return _apply(_WukongNorm, fm_BN, tokens_BDT, x_BTD, norm.weight, norm.bias, norm.eps)
     fm_BTD = torch.unflatten(fm_BN, 1, (-1, tokens_BDT.shape[1]))
     linear_BTD = tokens_BDT.transpose(1, 2)
@@ -107,16 +110,27 @@ def transposed(x_BTD: Tensor) -> Tensor:
 def _fits(x: Tensor, *like: Tensor) -> bool:
     """Whether the operators take these tensors, of which all must be as the first is."""
     return (
-        isinstance(x, Tensor)  # no proxy of torch.fx
-        and _ALLOWED[0]
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        and not torch._C._are_functorch_transforms_active()
+        and _allowed.get()
+        and type(x) in (Tensor, nn.Parameter)  # no proxy of torch.fx, and nothing that only looks like one
         and x.device.type == "cpu"
         and x.dtype in _DTYPES
         and x.numel() > 0
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
         and all(each.dtype == x.dtype and each.shape == x.shape for each in like)
-        and available()
+        and available("fused")
     )
+
+
+def _in_float32(*parameters: Tensor | None) -> bool:
+    """Whether all are there, and as the operators take parameters."""
+    return all(parameter is not None and parameter.dtype is torch.float32 for parameter in parameters)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether it must be called for what others have attached to it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -140,6 +154,13 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return functional.linear(x, weight, bias)
 
 
+def _by_product(
+    by_z: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and W in x W^T, those that are needed."""
+    return by_z @ weight if of_x else None, by_z.t() @ x if of_weight else None
+
+
 def _apply(function: Any, *inputs: Any) -> Tensor:
     """Apply an autograd function, or its forward alone where there is nothing to differentiate."""
     inputs = tuple(each.contiguous() if isinstance(each, Tensor) else each for each in inputs)
@@ -160,7 +181,7 @@ class _LinearReLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, out = ctx.saved_tensors
         by_z, by_bias = torch.ops.recsys.relu_backward(grad.contiguous(), out)
-        return by_z @ weight if ctx.needs_input_grad[0] else None, by_z.t() @ x, by_bias
+        return *_by_product(by_z, x, weight, *ctx.needs_input_grad[:2]), by_bias
 
 
 class _BiasGELU(torch.autograd.Function):
@@ -169,6 +190,7 @@ class _BiasGELU(torch.autograd.Function):
         # Slopes take the place of z: what backward needs is found once, and in memory that is there already.
         out: Tensor = torch.ops.recsys.bias_gelu_(z, bias, ctx is not None)
         if ctx is not None:
+            torch.autograd.graph.increment_version(z)  # so that autograd refuses, should someone else need it
             ctx.save_for_backward(z, bias)
         return out
 
@@ -188,10 +210,10 @@ class _CrossLayer(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x0, h, weight, z = ctx.saved_tensors
         by_x0, by_z, by_bias = torch.ops.recsys.cross_backward(grad.contiguous(), x0, z)
-        return by_x0, grad, by_z @ weight, by_z.t() @ h, by_bias
+        return by_x0, grad, *_by_product(by_z, h, weight, *ctx.needs_input_grad[2:4]), by_bias
 
 
 class _Norm(torch.autograd.Function):

@@ -102,11 +102,13 @@ class MLP(nn.Sequential):
         super().__init__(*(part for pair in widths for part in (linear(*pair), nn.ReLU(), Dropout(dropout))))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layers, each linear one together with its ReLU."""
-        for layer in self:
-            if isinstance(layer, nn.Linear):
+        """Apply the layers, a linear one together with the ReLU that follows."""
+        layers = iter(self)
+        for layer in layers:
+            if type(layer) is nn.Linear:
                 x = linear_relu(layer, x)
-            elif isinstance(layer, Dropout):
+                next(layers)  # the ReLU, which keeps the names of parameters what they are
+            else:
                 x = layer(x)
         return x
 

@@ -87,9 +87,10 @@ class WukongLayer(nn.Module):
         products_BTK = x_BTD @ functional.linear(x_BDT, self.fm_weight_TK.t())
         fm_BN = self.fm_mlp(products_BTK.flatten(1))
         # W_L X and W_R X as one product.
-        residual = () if self.residual_weight is None else (self.residual_weight,)
-        tokens_BDT = functional.linear(x_BDT, torch.cat([self.linear_weight, *residual]))
-        return wukong_norm(self.norm, fm_BN, tokens_BDT, None if residual else x_BTD)
+        if self.residual_weight is None:
+            return wukong_norm(self.norm, fm_BN, functional.linear(x_BDT, self.linear_weight), x_BTD)
+        weights = [weight.to(x_BDT.dtype) for weight in (self.linear_weight, self.residual_weight)]
+        return wukong_norm(self.norm, fm_BN, functional.linear(x_BDT, torch.cat(weights)), None)
 
     def flops(self, dim: int) -> int:
         """X^T Y and X (X^T Y), the MLP, W_L X and W_R X."""

@@ -4,12 +4,16 @@ import functools
 import logging
 import sysconfig
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from recsys.native.sources import digest
+
 log = logging.getLogger(__name__)
 
-LIBRARIES = ("tables", "fused")
+FALLBACK = {"tables": "FBGEMM", "fused": "PyTorch"}
+"""What does the work of a library that is not there."""
 
 
 def instructions(most: str = "") -> str:
@@ -23,20 +27,26 @@ def instructions(most: str = "") -> str:
 
 
 @functools.cache
-def available() -> bool:
-    """Load the operators `torch.ops.recsys.*`, or say in one line why there are none and what that costs."""
-    for name in LIBRARIES:
-        library = Path(__file__).with_name(f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}")
-        reason = "not built: there was no compiler"
-        if library.exists():
-            try:
-                torch.ops.load_library(library)  # type: ignore[no-untyped-call]
-                continue
-            except OSError as error:
-                reason = f"{library.name} was built for another torch ({str(error).partition(': ')[2]})"
-        log.warning(
-            "native operators: %s; FBGEMM's and PyTorch's do their work, slower on a CPU. `make setup` builds them",
-            reason,
-        )
-        return False
-    return True
+def available(library: Literal["tables", "fused"]) -> bool:
+    """Load the operators `torch.ops.recsys.*` of a library, or say in one line why there are none."""
+    path = Path(__file__).with_name(f"{library}{sysconfig.get_config_var('EXT_SUFFIX')}")
+    reason = f"{path.name} is not there: no compiler, or not built since the last change"
+    if path.exists():
+        try:
+            torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+        except OSError as error:
+            reason = f"{path.name} was built for another torch ({str(error).partition(': ')[2]})"
+        else:
+            if _sources(library) == digest(path.parent):
+                return True
+            reason = f"{path.name} was built from other sources"
+    log.warning(
+        "native operators: %s; %s does their work, slower on a CPU. `make setup` builds them", reason, FALLBACK[library]
+    )
+    return False
+
+
+def _sources(library: str) -> str:
+    """What a loaded library was built from."""
+    operator = getattr(torch.ops.recsys, f"{library}_sources", None)
+    return "" if operator is None else str(operator())

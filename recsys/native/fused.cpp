@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstring>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -27,11 +28,15 @@
 namespace recsys {
 namespace {
 
-constexpr int64_t kLanes = 16;
-using Floats = float __attribute__((vector_size(64)));
-using Bits = uint32_t __attribute__((vector_size(64)));
-using Ints = int32_t __attribute__((vector_size(64)));
-using Halves = uint16_t __attribute__((vector_size(32)));
+constexpr int64_t kWidest = 16;
+
+// Vectors of an instruction set: as wide as its registers, since GCC takes wider ones apart into scalars.
+#define RECSYS_LANES(COUNT)                                    \
+  constexpr int64_t kLanes = COUNT;                            \
+  using Floats = float __attribute__((vector_size(4 * COUNT)));  \
+  using Bits = uint32_t __attribute__((vector_size(4 * COUNT))); \
+  using Ints = int32_t __attribute__((vector_size(4 * COUNT)));  \
+  using Halves = uint16_t __attribute__((vector_size(2 * COUNT)));
 
 // What Wukong normalises: see `wukong_norm`.
 template <typename V>
@@ -51,6 +56,7 @@ struct Wukong {
   inline Floats inverse(Floats x) { return 1.0f / x; }
 
 namespace plain {
+RECSYS_LANES(4)
 RECSYS_GENERIC_LANES
 #include "fused.inl"
 }  // namespace plain
@@ -59,6 +65,7 @@ RECSYS_GENERIC_LANES
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
+RECSYS_LANES(8)
 RECSYS_GENERIC_LANES
 #include "fused.inl"
 }  // namespace avx2
@@ -66,6 +73,7 @@ RECSYS_GENERIC_LANES
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 namespace avx512 {
+RECSYS_LANES(16)
 RECSYS_GENERIC_LANES
 #include "fused.inl"
 }  // namespace avx512
@@ -73,6 +81,7 @@ RECSYS_GENERIC_LANES
 #pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 namespace avx512_bf16 {
+RECSYS_LANES(16)
 inline Bits widened(Halves bits) { return reinterpret_cast<Bits>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(bits))); }
 inline Halves narrowed(Floats lanes) {
   return reinterpret_cast<Halves>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(lanes)));
@@ -151,7 +160,7 @@ struct Blocks {
     const int64_t groups = z.size(0), width = z.size(-1);
     TORCH_CHECK(bias.scalar_type() == at::kFloat && bias.is_contiguous() &&
                     bias.sizes() == at::IntArrayRef({groups, width}),
-                "a contiguous float32 bias [", groups, ", ", width, "] expected, not ", bias.sizes());
+                "a contiguous float32 bias [", groups, ", ", width, "] expected, not ", bias.scalar_type(), " ", bias.sizes());
     return Blocks(groups, z.numel() / (groups * width), width);
   }
 
@@ -263,7 +272,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_backward(const at::Tensor& 
 void check_norm(const at::Tensor& x, const at::Tensor& gain) {
   check(x, {});
   TORCH_CHECK(gain.scalar_type() == at::kFloat && gain.is_contiguous() && gain.numel() == x.size(-1) && gain.numel() > 0,
-              "a contiguous float32 gain of ", x.size(-1), " expected, not ", gain.sizes());
+              "a contiguous float32 gain of ", x.size(-1), " expected, not ", gain.scalar_type(), " ", gain.sizes());
 }
 
 void check_tokens(const at::Tensor& x) {
@@ -273,11 +282,11 @@ void check_tokens(const at::Tensor& x) {
 
 // Room of a thread's own for one row, aligned and of whole lanes, and `more` floats after it.
 float* scratch_of(int64_t width, int64_t more = 0) {
-  struct alignas(sizeof(Floats)) Lanes {
-    float values[kLanes];
+  struct alignas(64) Lanes {
+    float values[kWidest];
   };
   thread_local std::vector<Lanes> scratch;
-  const auto lanes = static_cast<size_t>((width + kLanes - 1) / kLanes + (more + kLanes - 1) / kLanes);
+  const auto lanes = static_cast<size_t>((width + kWidest - 1) / kWidest + (more + kWidest - 1) / kWidest);
   if (scratch.size() < lanes) scratch.resize(lanes);
   return scratch.data()->values;
 }
@@ -323,7 +332,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward(const at::Tensor& g
     });
   });
   const auto total = sums.sum(2).view({2, width});
-  return {grad_x, total[0], total[1]};
+  return {grad_x, total[0].clone(), total[1].clone()};  // each with memory of its own
 }
 
 at::Tensor mix_norm(const at::Tensor& x, const at::Tensor& gain, const at::Tensor& shift, double eps) {
@@ -366,7 +375,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> mix_norm_backward(const at::Tenso
     });
   });
   const auto total = sums.sum(1);
-  return {grad_x, total[0], total[1]};
+  return {grad_x, total[0].clone(), total[1].clone()};  // each with memory of its own
 }
 
 at::Tensor transposed(const at::Tensor& x) {
@@ -448,7 +457,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> wukong_no
     });
   });
   const auto total = sums.sum(1);
-  return {by_fm, by_tokens, by_x, total[0], total[1]};
+  return {by_fm, by_tokens, by_x, total[0].clone(), total[1].clone()};
 }
 
 }  // namespace
@@ -467,6 +476,7 @@ TORCH_LIBRARY_FRAGMENT(recsys, library) {
   library.def("mix_norm(Tensor x, Tensor gain, Tensor shift, float eps) -> Tensor");
   library.def("mix_norm_backward(Tensor grad, Tensor x, Tensor gain, float eps) -> (Tensor, Tensor, Tensor)");
   library.def("transposed(Tensor x) -> Tensor");
+  library.def("fused_sources() -> str", [] { return std::string(RECSYS_SOURCES); });
   library.def("wukong_norm(Tensor fm, Tensor tokens, Tensor? x, Tensor gain, Tensor shift, float eps) -> Tensor");
   library.def(
       "wukong_norm_backward(Tensor grad, Tensor fm, Tensor tokens, Tensor? x, Tensor gain, float eps) -> "

@@ -1,7 +1,7 @@
 // Kernels of what stands between matrix products, included once for each instruction set (see fused.cpp); includes
 // nothing, and needs `widened`, `narrowed` and `inverse` for its instruction set.
 //
-// V is the type of values in memory, float or Bf16; all is computed in float, 16 lanes at a time.
+// V is the type of values in memory, float or Bf16; all is computed in float, kLanes at a time.
 
 template <typename V>
 inline Floats load(const V* from) {
@@ -40,7 +40,7 @@ inline void store(V* to, Floats lanes, int64_t count) {
   std::memcpy(to, whole, count * sizeof(V));
 }
 
-// Call `lanes(n, count...)` for each 16 of `width` columns from n on, and for those left over with their count.
+// Call `lanes(n, count...)` for each kLanes of `width` columns from n on, and for those left over with their count.
 template <typename F>
 inline void over_lanes(int64_t width, F lanes) {
   int64_t n = 0;
@@ -59,19 +59,31 @@ inline void over_row(int64_t width, F lanes) {
   }
 }
 
-inline float sum_of(Floats v) {
-  const auto v8 = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                  __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-  const auto v4 = __builtin_shufflevector(v8, v8, 0, 1, 2, 3) + __builtin_shufflevector(v8, v8, 4, 5, 6, 7);
-  return (v4[0] + v4[1]) + (v4[2] + v4[3]);
+template <typename Lanes>
+inline float sum_of(Lanes v) {
+  constexpr int64_t count = sizeof(Lanes) / sizeof(float);
+#if __has_builtin(__builtin_shufflevector)
+  if constexpr (count == 16) {
+    return sum_of(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                  __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+  } else if constexpr (count == 8) {
+    return sum_of(__builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7));
+  } else {
+    return (v[0] + v[1]) + (v[2] + v[3]);
+  }
+#else  // GCC 11
+  float sum = 0;
+  for (int64_t n = 0; n < count; ++n) sum += v[n];
+  return sum;
+#endif
 }
 
-// exp(x) for x <= 0, to 1e-7 of it; exp(-87) below.
+// exp(x) for x <= 0, to 5e-6 of it; exp(-87) below.
 inline Floats exp_negative(Floats x) {
   x = x < -87.0f ? Floats{} - 87.0f : x;
   const Ints power = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);
   const Floats n = __builtin_convertvector(power, Floats);
-  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // log 2 in two parts
+  const Floats r = x - n * 0.69314718f;
   Floats sum = r * 1.9875691500e-4f + 1.3981999507e-3f;
   sum = sum * r + 8.3334519073e-3f;
   sum = sum * r + 4.1665795894e-2f;
@@ -81,7 +93,7 @@ inline Floats exp_negative(Floats x) {
   return sum * reinterpret_cast<Floats>((power + 127) << 23);
 }
 
-// GELU and its slope: x P(X < x), and P(X < x) + x p(x), X normal; to 3e-7 (Abramowitz and Stegun, 7.1.26).
+// GELU and its slope: x P(X < x), and P(X < x) + x p(x), X normal; P errs by 2e-7 (Abramowitz and Stegun, 7.1.26).
 inline Floats gelu(Floats x, Floats& slope) {
   x = x < -20.0f ? Floats{} - 20.0f : x;  // 0 from there on; and infinities take part in no sum
   const Floats near = x > 20.0f ? Floats{} + 20.0f : x;
@@ -132,13 +144,13 @@ void relu_rows(V* __restrict__ z, int64_t rows, int64_t width) {
   });
 }
 
-// grad_z = grad where out > 0, and its sum over rows is added to grad_bias.
+// grad_z = grad, 0 where out is not above 0 (NaN lets it pass), and its sum over rows is added to grad_bias.
 template <typename V>
 void passed_rows(const V* __restrict__ grad, const V* __restrict__ out, V* __restrict__ grad_z,
                  float* __restrict__ grad_bias, int64_t rows, int64_t width) {
   for (int64_t row = 0; row < rows; ++row, out += width, grad += width, grad_z += width) {
     over_lanes(width, [&](int64_t n, auto... count) {
-      const Floats by_z = load(out + n, count...) > 0.0f ? load(grad + n, count...) : Floats{};
+      const Floats by_z = load(out + n, count...) <= 0.0f ? Floats{} : load(grad + n, count...);
       store(grad_z + n, by_z, count...);
       store(grad_bias + n, load(grad_bias + n, count...) + by_z, count...);
     });

@@ -339,6 +339,7 @@ std::string instructions(c10::string_view most) {
 
 TORCH_LIBRARY(recsys, library) {
   library.def("instructions(str most) -> str", &recsys::instructions);
+  library.def("tables_sources() -> str", [] { return std::string(RECSYS_SOURCES); });
   library.def(
       "lookup_sum(Tensor weights, Tensor tables, Tensor ids, Tensor offsets, int width, ScalarType dtype) -> Tensor");
   library.def(

@@ -37,7 +37,7 @@ def use_native(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
         dtype: of what they give, float32 or bfloat16. All is summed in float32.
     """
     for part in batches_of_tables(module):
-        if part.use_cpu and _fits(part) and available():
+        if part.use_cpu and _fits(part) and available("tables"):
             for values in (part.weights_host, part.momentum1_host):
                 zeros_on_huge_pages(values.detach())
             part.forward = NativeTables(part, dtype)

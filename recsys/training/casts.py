@@ -25,8 +25,8 @@ def cast_once(model: RecModel, schema: Schema) -> None:
 
     Logits stay what they are, to the bit. One pass over a few rows is looked at: how parameters are read must not
     depend on the rows. What is read as it is stays fp32: gains of layer norms, a weight that is multiplied in fp32 too,
-    and parameters of members that are computed together, which are stacked before they are cast. The model can neither
-    be trained nor loaded afterwards. Nothing happens where precision is fp32 or tf32.
+    and what is stacked or concatenated before it is cast, as parameters of members that are computed together are. The
+    model can neither be trained nor loaded afterwards. Nothing happens where precision is fp32 or tf32.
 
     Args:
         model: on its device, with its values; sharded or not.

@@ -96,9 +96,11 @@ def _fields_dtype(config: TrainConfig, model: RecModel, world: World) -> torch.d
     """What tables give: bf16 where members cast to it at once, which is two casts less and the same bits.
 
     Ranks send one another float32, since partial sums of a row's vectors may come together; and so are gradients cut.
+    Other kinds of embeddings compute with what their tables give, in float32.
     """
-    here = model.members.precision == "bf16" and world.size == 1 and config.optimizer.clip_table_values is None
-    return torch.bfloat16 if here else torch.float32
+    alone = world.size == 1 and config.optimizer.clip_table_values is None
+    plain = all(owner.config.embeddings == "tables" for owner in model.embedding.owners.values())
+    return torch.bfloat16 if model.members.precision == "bf16" and alone and plain else torch.float32
 
 
 def held_out(config: TrainConfig, split: str, world: World) -> Loader:

@@ -19,6 +19,7 @@ from recsys.backbones.fused import (
     unfused,
     wukong_norm,
 )
+from recsys.backbones.layers import MLP
 from recsys.native import available, instructions
 
 Function = Callable[..., Tensor]
@@ -28,7 +29,7 @@ BF16_STEP = 2.0**-8
 
 @pytest.fixture(autouse=True)
 def built() -> None:
-    if not available():
+    if not available("tables") or not available("fused"):
         pytest.skip("the operators are not built: there was no compiler")
 
 
@@ -247,12 +248,66 @@ class _Traced(nn.Module):
         return linear_relu(self.layer, x)
 
 
+def test_parameters_of_another_type_are_left_to_pytorch() -> None:
+    x = torch.randn(3, 4, 6)
+    low = x.bfloat16()
+    assert_close(Norm(6).bfloat16()(low), nn.LayerNorm(6).bfloat16()(low))
+    bare = nn.LayerNorm(6, elementwise_affine=False)
+    with unfused():
+        right = mix_norm(bare, x)
+    assert_close(mix_norm(bare, x), right)
+    bias = torch.randn(3, 6)
+    assert_close(bias_gelu(low.clone(), bias.bfloat16()), bias_gelu(low.clone(), bias), rtol=0.02, atol=0.02)
+
+
+def test_who_else_needs_what_is_used_up_is_refused() -> None:
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    y = bias_gelu(x.exp(), torch.zeros(2, 4))  # exp needs its output
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_nan_passes_through_the_gradient_of_relu() -> None:
+    layer = nn.Linear(1, 3)
+    layer.weight.data = torch.tensor([[math.nan], [1.0], [-1.0]])
+    layer.bias.data.zero_()
+    (linear_relu(layer, torch.ones(1, 1)) * 2).sum().backward()
+    assert layer.bias.grad is not None
+    assert layer.bias.grad.tolist() == [2.0, 2.0, 0.0]
+
+
+def test_what_needs_no_gradient_gets_none() -> None:
+    layer = nn.Linear(6, 6)
+    layer.weight.requires_grad_(False)
+    x = torch.randn(4, 6, requires_grad=True)
+    (linear_relu(layer, x) + cross_layer(x, layer, x, x)).sum().backward()
+    assert layer.weight.grad is None
+    assert layer.bias.grad is not None
+    assert x.grad is not None
+
+
+def test_what_is_attached_to_layers_is_called() -> None:
+    mlp = MLP(6, (5, 4), dropout=0.0)
+    norm = nn.LayerNorm(6)
+    called: list[nn.Module] = []
+    for layer in (mlp[0], norm):
+        layer.register_forward_hook(lambda module, *_: called.append(module))
+    x = torch.randn(3, 2, 6)
+    right = mlp[3](mlp[0](x[0]).relu()).relu()
+    called.clear()
+    assert_close(mlp(x[0]), right)
+    mix_norm(norm, x)
+    assert called == [mlp[0], norm]
+    mlp[0] = nn.Sequential(mlp[0])
+    assert_close(mlp(x[0]), right)
+
+
 @pytest.mark.parametrize(
     ("operator", "shapes", "told"),
     [
         ("relu_", [(0, 6)], "values expected, not [0, 6]"),
         ("relu_backward", [(4, 6), (4, 5)], "contiguous values of one shape and type expected"),
-        ("bias_gelu_", [(3, 4, 6), (2, 6), False], "bias [3, 6] expected, not [2, 6]"),
+        ("bias_gelu_", [(3, 4, 6), (2, 6), False], "bias [3, 6] expected, not Float [2, 6]"),
         ("cross", [(4, 6), (4, 6), (4, 5)], "contiguous values of one shape and type expected"),
         ("norm", [(4, 6), None, (5,), (5,), 1e-5], "a contiguous float32 gain of 6 expected"),
         ("mix_norm", [(4, 2, 6), (6,), (6,), 1e-5], "tokens [T, B, D] with D a multiple of T expected"),

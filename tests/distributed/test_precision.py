@@ -64,11 +64,12 @@ def test_fp16_tables_train_close_to_fp32(outcomes: dict[str, Outcome]) -> None:
     assert abs(outcomes["fp32"].logits_NM - outcomes["fp16"].logits_NM).mean() < 0.01
 
 
+@pytest.mark.parametrize("kind", ["tables", "mixed,compression=1.5", "qr,compression=2"])
 def test_tables_that_give_bf16_train_as_those_whose_vectors_are_cast(
-    prepared: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On one rank members of bf16 get bf16 at once: the same bits as a cast on the way."""
-    config = small_config(prepared, members=("dcnv2", "wukong"), precision="bf16")
+    """On one rank members of bf16 get bf16 at once, where nothing else is computed before: the same bits as a cast."""
+    config = small_config(prepared, members=(f"dcnv2:embeddings={kind}",), precision="bf16")
     given: list[torch.dtype] = []
 
     def cast_on_the_way(module: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -78,7 +79,7 @@ def test_tables_that_give_bf16_train_as_those_whose_vectors_are_cast(
     (at_once,) = train_here([config])
     monkeypatch.setattr(sharded, "use_native", cast_on_the_way)
     (cast,) = train_here([config])
-    assert set(given) == {torch.bfloat16}
+    assert set(given) == {torch.bfloat16 if kind == "tables" else torch.float32}
     np.testing.assert_array_equal(at_once.losses_SM, cast.losses_SM)
     np.testing.assert_array_equal(at_once.logits_NM, cast.logits_NM)
 
