@@ -148,10 +148,10 @@ def main(config: Config) -> list[dict[str, Any]]:
 
 def shown(results: list[dict[str, Any]]) -> Table:
     """Milliseconds, and how many times as fast ours are."""
-    table = Table()
-    table.add_column("piece")
+    table = Table(title="ours / PyTorch, ms")
+    table.add_column("piece", no_wrap=True)
     for phase in PHASES:
-        for column in (f"{phase}, ours / PyTorch, ms", "ratio"):
+        for column in (phase, "ratio"):
             table.add_column(column, justify="right")
     for line in results:
         cells = []

@@ -22,6 +22,7 @@ def instructions(most: str = "") -> str:
     Args:
         most: use no wider one from now on, for tests.
     """
+    assert available("tables"), "the operator is in this library"
     name: str = torch.ops.recsys.instructions(most)
     return name
 

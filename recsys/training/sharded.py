@@ -60,7 +60,7 @@ def shard(
         qcomm_codecs_registry=comm_codecs(config.sharding, world.device),
     )
     sharded = _distribute(ClickTask(model, config.loss), plan, sharder, world)
-    use_native(sharded, _fields_dtype(config, model, world))
+    use_native(sharded, _fields_dtype(config, model, plan, world))
     return Sharded(sharded, model, plan)
 
 
@@ -92,15 +92,18 @@ def _distribute(task: ClickTask, plan: Plan, sharder: TableSharder, world: World
     return sharded
 
 
-def _fields_dtype(config: TrainConfig, model: RecModel, world: World) -> torch.dtype:
-    """What tables give: bf16 where members cast to it at once, which is two casts less and the same bits.
+def _fields_dtype(config: TrainConfig, model: RecModel, plan: Plan, world: World) -> torch.dtype:
+    """What tables give: bf16 where members cast to it at once: two casts less, half the bytes between ranks, same bits.
 
-    Ranks send one another float32, since partial sums of a row's vectors may come together; and so are gradients cut.
-    Other kinds of embeddings compute with what their tables give, in float32.
+    So nothing may be computed before that cast: no partial sums of rows that several ranks have, no other kinds of
+    embeddings, no cut gradients, and no division of gradients by ranks that rounds.
     """
-    alone = world.size == 1 and config.optimizer.clip_table_values is None
+    whole = {table.sharding_type for table in plan.tables.values()} <= {"table_wise", "column_wise"}
+    as_it_is = config.sharding.comms == config.sharding.gradient_comms == "fp32"
+    exact = world.size == 1 or (whole and as_it_is and world.size.bit_count() == 1)
     plain = all(owner.config.embeddings == "tables" for owner in model.embedding.owners.values())
-    return torch.bfloat16 if model.members.precision == "bf16" and alone and plain else torch.float32
+    cut = config.optimizer.clip_table_values is not None
+    return torch.bfloat16 if model.members.precision == "bf16" and exact and plain and not cut else torch.float32
 
 
 def held_out(config: TrainConfig, split: str, world: World) -> Loader:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from recsys.distributed import World, process_group
 from recsys.embeddings.config import EmbeddingConfig, Owner
 from recsys.embeddings.init import init_tables
 from recsys.embeddings.precision import check_precision, check_replicated, for_inference, fused_params
+from recsys.model import RecModel
 from recsys.sharding.native import use_native
 from recsys.training import sharded
 from recsys.training.checkpoint import folder as checkpoints
@@ -82,6 +84,39 @@ def test_tables_that_give_bf16_train_as_those_whose_vectors_are_cast(
     assert set(given) == {torch.bfloat16 if kind == "tables" else torch.float32}
     np.testing.assert_array_equal(at_once.losses_SM, cast.losses_SM)
     np.testing.assert_array_equal(at_once.logits_NM, cast.logits_NM)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "types", "changes", "expected"),
+    [
+        (1, ["row_wise"], {}, torch.bfloat16),
+        (2, ["table_wise", "column_wise"], {}, torch.bfloat16),
+        (2, ["table_wise", "row_wise"], {}, torch.float32),  # sums of parts
+        (3, ["table_wise"], {}, torch.float32),  # gradients are divided by 3
+        (2, ["table_wise"], {"comms": "fp16"}, torch.float32),
+        (1, ["table_wise"], {"clip_table_values": 0.1}, torch.float32),
+        (1, ["table_wise"], {"precision": "fp32"}, torch.float32),
+    ],
+)
+def test_bf16_leaves_tables_only_where_no_bit_changes(
+    ranks: int, types: list[str], changes: dict[str, Any], expected: torch.dtype, prepared: Path
+) -> None:
+    config = small_config(prepared, members=("dcnv2",), **{"precision": "bf16"} | changes)
+    model = RecModel(Schema.load(prepared), config.specs())
+    plan: Any = SimpleNamespace(tables={kind: SimpleNamespace(sharding_type=kind) for kind in types})
+    world = World(rank=0, size=ranks, local_rank=0, local_size=ranks, device=CPU)
+    assert sharded._fields_dtype(config, model, plan, world) is expected
+
+
+def test_bf16_trains_alike_on_two_ranks(prepared: Path, tmp_path: Path) -> None:
+    """Whether vectors travel as bf16 (table-wise) or as float32 (row-wise)."""
+    configs = [
+        small_config(prepared, members=("dcnv2",), sharding=sharding, precision="bf16")
+        for sharding in ("table_wise", "row_wise")
+    ]
+    (alone,) = train_here(configs[:1])
+    for outcome in train_on_ranks(2, configs, tmp_path):
+        np.testing.assert_allclose(outcome.losses_SM, alone.losses_SM, atol=2e-3, rtol=0)
 
 
 def table_shards(trainer: Trainer) -> dict[str, torch.Tensor]:
