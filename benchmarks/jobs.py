@@ -35,6 +35,8 @@ from recsys.data.batch import Batch
 from recsys.data.schema import Schema
 from recsys.distributed import World, process_group
 from recsys.embeddings.precision import BYTES
+from recsys.sharding.native import NativeTables
+from recsys.sharding.torchrec import batches_of_tables
 from recsys.sharding.workload import STATE_VALUES
 from recsys.training.phases import PHASES
 from recsys.training.trainer import Trainer
@@ -81,7 +83,7 @@ class LocalJob:
         trainer.task.train()
         self._steps: dict[str, Callable[[], object]] = {}
         self._streams: list[Iterator[Batch]] = []
-        self._loader = trainer.loader
+        self._loader, self._task = trainer.loader, trainer.task
         self._phases: list[dict[str, float]] = []
         batches = self._stream()
 
@@ -160,13 +162,14 @@ class LocalJob:
         of_row, of_element = STATE_VALUES[self.setting.optimizer.tables]
         dim = self.setting.dim
         members = 1 if self.setting.model.tables == "shared" else len(self.specs)
-        halved = self.setting.model.precision == "bf16" and self.world.size == 1 and native.available("tables")
+        parts = [part.forward for part in batches_of_tables(self._task)]
+        halved = all(isinstance(part, NativeTables) and part.dtype.itemsize == 2 for part in parts)
         return TableTraffic(
             bags=members * bags // num_batches,
             unique_rows=members * unique // num_batches,
             row_bytes=dim * BYTES[self.setting.model.table_dtype],
             state_bytes=4 * (of_row + of_element * dim),
-            output_bytes=(2 if halved and self.world.device.type == "cpu" else 4) * dim,
+            output_bytes=(2 if halved else 4) * dim,
         )
 
 

@@ -62,9 +62,6 @@ def cross_layer(x0_BK: Tensor, layer: nn.Linear, h: Tensor, x_BK: Tensor) -> Ten
 class Norm(nn.LayerNorm):
     """LayerNorm over the last axis, of x or of x + residual."""
 
-    def __init__(self, width: int) -> None:
-        super().__init__(width)
-
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalise [..., width]."""
         if _fits(x) and (residual is None or _fits(x, residual)) and _in_float32(self.weight, self.bias):

@@ -38,7 +38,7 @@ class TokenFFN(nn.Sequential):
         super().__init__(up, nn.GELU(), Dropout(dropout), down)
 
     def forward(self, x_TBD: Tensor) -> Tensor:
-        """Map tokens [T, B, dim] to [T, B, dim], the first layer's bias together with its GELU."""
+        """Map tokens [T, B, dim] to [T, B, dim], the first layer's bias together with the GELU, which is not called."""
         up, _, dropout, down = self
         assert isinstance(up, TokenLinear)
         h_TBK = bias_gelu(torch.bmm(x_TBD, up.weight_TKN), up.bias_TN)

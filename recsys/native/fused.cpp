@@ -82,7 +82,9 @@ RECSYS_GENERIC_LANES
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 namespace avx512_bf16 {
 RECSYS_LANES(16)
-inline Bits widened(Halves bits) { return reinterpret_cast<Bits>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(bits))); }
+inline Bits widened(Halves bits) {
+  return reinterpret_cast<Bits>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(bits)));
+}
 inline Halves narrowed(Floats lanes) {
   return reinterpret_cast<Halves>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(lanes)));
 }
@@ -142,7 +144,8 @@ void check(const at::Tensor& like, std::initializer_list<at::Tensor> values) {
 struct Blocks {
   int64_t groups, rows, width, height, each;
 
-  Blocks(int64_t num_groups, int64_t num_rows, int64_t row_width) : groups(num_groups), rows(num_rows), width(row_width) {
+  Blocks(int64_t num_groups, int64_t num_rows, int64_t row_width)
+      : groups(num_groups), rows(num_rows), width(row_width) {
     // Some dozens of blocks to a batch, so that a thread which loses its core holds up no other; not too small ones.
     height = std::max({int64_t{1}, (rows * groups + 63) / 64, int64_t{16384} / std::max<int64_t>(width, 1)});
     each = (rows + height - 1) / height;
@@ -160,7 +163,8 @@ struct Blocks {
     const int64_t groups = z.size(0), width = z.size(-1);
     TORCH_CHECK(bias.scalar_type() == at::kFloat && bias.is_contiguous() &&
                     bias.sizes() == at::IntArrayRef({groups, width}),
-                "a contiguous float32 bias [", groups, ", ", width, "] expected, not ", bias.scalar_type(), " ", bias.sizes());
+                "a contiguous float32 bias [", groups, ", ", width, "] expected, not ", bias.scalar_type(), " ",
+                bias.sizes());
     return Blocks(groups, z.numel() / (groups * width), width);
   }
 
@@ -180,74 +184,70 @@ struct Blocks {
   at::Tensor sums(int64_t kinds = 1) const { return at::zeros({kinds, groups, each, width}, at::kFloat); }
 };
 
+// Call `kernel(V{}, block, group, place, rows)` for each block of values; its rows begin at `place`.
+template <typename F>
+void over_blocks(const at::Tensor& values, const Blocks& blocks, F kernel) {
+  by_type(values, [&](auto v) {
+    blocks.run([&](int64_t block, int64_t group, int64_t row, int64_t rows) {
+      kernel(v, block, group, row * blocks.width, rows);
+    });
+  });
+}
+
 at::Tensor bias_gelu_(at::Tensor z, const at::Tensor& bias, bool slope) {
   const auto blocks = Blocks::of(z, bias);
   check(z, {});
   auto y = at::empty_like(z);
-  by_type(z, [&](auto v) {
+  over_blocks(z, blocks, [&](auto v, int64_t, int64_t group, int64_t at, int64_t rows) {
     using V = decltype(v);
-    blocks.run([&](int64_t, int64_t group, int64_t row, int64_t rows) {
-      const auto kernel = slope ? RECSYS_WIDEST(gelu_rows, V, true) : RECSYS_WIDEST(gelu_rows, V, false);
-      const int64_t at = row * blocks.width;
-      kernel(out<V>(z) + at, in<float>(bias) + group * blocks.width, out<V>(y) + at, rows, blocks.width);
-    });
+    const auto kernel = slope ? RECSYS_WIDEST(gelu_rows, V, true) : RECSYS_WIDEST(gelu_rows, V, false);
+    kernel(out<V>(z) + at, in<float>(bias) + group * blocks.width, out<V>(y) + at, rows, blocks.width);
   });
   return y;
 }
 
-std::tuple<at::Tensor, at::Tensor> gelu_backward(const at::Tensor& grad, const at::Tensor& slope,
-                                                 const at::Tensor& bias) {
-  const auto blocks = Blocks::of(slope, bias);
-  check(slope, {grad});
-  auto grad_z = at::empty_like(slope), sums = blocks.sums();
-  by_type(slope, [&](auto v) {
+// Of either activation: `of` is GELU's slope, or ReLU's output. The second result is [G, width].
+template <bool Slope>
+std::tuple<at::Tensor, at::Tensor> activation_backward(const at::Tensor& grad, const at::Tensor& of,
+                                                       const Blocks& blocks) {
+  check(of, {grad});
+  auto grad_z = at::empty_like(of), sums = blocks.sums();
+  over_blocks(of, blocks, [&](auto v, int64_t block, int64_t, int64_t at, int64_t rows) {
     using V = decltype(v);
-    blocks.run([&](int64_t block, int64_t, int64_t row, int64_t rows) {
-      const int64_t at = row * blocks.width;
-      RECSYS_WIDEST(scaled_rows, V)(in<V>(grad) + at, in<V>(slope) + at, out<V>(grad_z) + at,
-                                    out<float>(sums) + block * blocks.width, rows, blocks.width);
-    });
+    const auto kernel = Slope ? RECSYS_WIDEST(scaled_rows, V) : RECSYS_WIDEST(passed_rows, V);
+    kernel(in<V>(grad) + at, in<V>(of) + at, out<V>(grad_z) + at, out<float>(sums) + block * blocks.width, rows,
+           blocks.width);
   });
   return {grad_z, sums.sum(2)[0]};
+}
+
+std::tuple<at::Tensor, at::Tensor> gelu_backward(const at::Tensor& grad, const at::Tensor& slope,
+                                                 const at::Tensor& bias) {
+  return activation_backward<true>(grad, slope, Blocks::of(slope, bias));
 }
 
 at::Tensor relu_(at::Tensor z) {
   const auto blocks = Blocks::of(z);
   check(z, {});
-  by_type(z, [&](auto v) {
+  over_blocks(z, blocks, [&](auto v, int64_t, int64_t, int64_t at, int64_t rows) {
     using V = decltype(v);
-    blocks.run([&](int64_t, int64_t, int64_t row, int64_t rows) {
-      RECSYS_WIDEST(relu_rows, V)(out<V>(z) + row * blocks.width, rows, blocks.width);
-    });
+    RECSYS_WIDEST(relu_rows, V)(out<V>(z) + at, rows, blocks.width);
   });
   return z;
 }
 
 std::tuple<at::Tensor, at::Tensor> relu_backward(const at::Tensor& grad, const at::Tensor& y) {
-  const auto blocks = Blocks::of(y);
-  check(y, {grad});
-  auto grad_z = at::empty_like(y), sums = blocks.sums();
-  by_type(y, [&](auto v) {
-    using V = decltype(v);
-    blocks.run([&](int64_t block, int64_t, int64_t row, int64_t rows) {
-      const int64_t at = row * blocks.width;
-      RECSYS_WIDEST(passed_rows, V)(in<V>(grad) + at, in<V>(y) + at, out<V>(grad_z) + at,
-                                    out<float>(sums) + block * blocks.width, rows, blocks.width);
-    });
-  });
-  return {grad_z, sums.sum(2).view({blocks.width})};
+  const auto [by_z, sums] = activation_backward<false>(grad, y, Blocks::of(y));
+  return {by_z, sums[0]};
 }
 
 at::Tensor cross(const at::Tensor& x0, const at::Tensor& z, const at::Tensor& x) {
   const auto blocks = Blocks::of(z);
   check(z, {x0, x});
   auto y = at::empty_like(z);
-  by_type(z, [&](auto v) {
+  over_blocks(z, blocks, [&](auto v, int64_t, int64_t, int64_t at, int64_t rows) {
     using V = decltype(v);
-    blocks.run([&](int64_t, int64_t, int64_t row, int64_t rows) {
-      const int64_t at = row * blocks.width;
-      RECSYS_WIDEST(cross_rows, V)(in<V>(x0) + at, in<V>(z) + at, in<V>(x) + at, out<V>(y) + at, rows, blocks.width);
-    });
+    RECSYS_WIDEST(cross_rows, V)(in<V>(x0) + at, in<V>(z) + at, in<V>(x) + at, out<V>(y) + at, rows, blocks.width);
   });
   return y;
 }
@@ -257,16 +257,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_backward(const at::Tensor& 
   const auto blocks = Blocks::of(z);
   check(z, {grad, x0});
   auto grad_x0 = at::empty_like(z), grad_z = at::empty_like(z), sums = blocks.sums();
-  by_type(z, [&](auto v) {
+  over_blocks(z, blocks, [&](auto v, int64_t block, int64_t, int64_t at, int64_t rows) {
     using V = decltype(v);
-    blocks.run([&](int64_t block, int64_t, int64_t row, int64_t rows) {
-      const int64_t at = row * blocks.width;
-      RECSYS_WIDEST(cross_rows_backward, V)(in<V>(grad) + at, in<V>(x0) + at, in<V>(z) + at, out<V>(grad_x0) + at,
-                                            out<V>(grad_z) + at, out<float>(sums) + block * blocks.width, rows,
-                                            blocks.width);
-    });
+    RECSYS_WIDEST(cross_rows_backward, V)(in<V>(grad) + at, in<V>(x0) + at, in<V>(z) + at, out<V>(grad_x0) + at,
+                                          out<V>(grad_z) + at, out<float>(sums) + block * blocks.width, rows,
+                                          blocks.width);
   });
-  return {grad_x0, grad_z, sums.sum(2).view({blocks.width})};
+  return {grad_x0, grad_z, sums.sum(2)[0][0]};
 }
 
 void check_norm(const at::Tensor& x, const at::Tensor& gain) {

@@ -66,7 +66,7 @@ class NativeTables:
 
     def __init__(self, tables: SplitTableBatchedEmbeddingBagsCodegen, dtype: torch.dtype = torch.float32) -> None:
         self._tables = tables
-        self._dtype = dtype
+        self.dtype = dtype
         self._fbgemm = tables.forward
         self._kind = KINDS[tables.optimizer]
         self._facts = _facts(tables)
@@ -90,7 +90,7 @@ class NativeTables:
     def look_up(self, weights: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
         """The sums, without a gradient."""
         width = self._tables.total_D
-        sums: Tensor = torch.ops.recsys.lookup_sum(weights, self._facts, ids, offsets, width, self._dtype)
+        sums: Tensor = torch.ops.recsys.lookup_sum(weights, self._facts, ids, offsets, width, self.dtype)
         return sums
 
     def update(self, ids: Tensor, offsets: Tensor, grad: Tensor) -> None:

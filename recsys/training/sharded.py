@@ -59,9 +59,10 @@ def shard(
         fused_params=fused,
         qcomm_codecs_registry=comm_codecs(config.sharding, world.device),
     )
-    sharded = _distribute(ClickTask(model, config.loss), plan, sharder, world)
-    use_native(sharded, _fields_dtype(config, model, plan, world))
-    return Sharded(sharded, model, plan)
+    task = _distribute(ClickTask(model, config.loss), plan, sharder, world)
+    if plan.replicas == 1:
+        use_native(task, _fields_dtype(config, model, plan, world))
+    return Sharded(task, model, plan)
 
 
 def _plan(config: TrainConfig, work: Workload, world: World) -> Plan:
