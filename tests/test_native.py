@@ -3,8 +3,10 @@
 import copy
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -22,6 +24,9 @@ from recsys.memory import HUGE_PAGE, zeros_on_huge_pages
 from recsys.native import available, instructions
 from recsys.sharding import native
 from recsys.sharding.native import KINDS, NativeTables, use_native
+from recsys.sharding.torchrec import TableOptimizer
+from recsys.sharding.workload import STATE_VALUES, OptimizerKind
+from recsys.training.table_optim import change, state_shapes
 
 BATCH = 300
 TABLES = [(50, 16), (3000, 16), (7, 4), (9_000, 128), (40, 20)]
@@ -164,6 +169,62 @@ def test_any_number_of_threads_gives_the_same_bits(kind: EmbOptimType) -> None:
         train(one, NativeTables(one), [batch(seed, most=60, skewed=True) for seed in range(2)])
     torch.set_num_threads(before)
     assert torch.equal(made[0].weights_host, made[1].weights_host)
+
+
+@pytest.mark.parametrize("name", ["plain", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("kind", get_args(OptimizerKind))
+def test_every_optimizer_follows_the_formulas_of_the_one_after_the_backward(kind: OptimizerKind, name: str) -> None:
+    """Of three tables, one of two features, under rates of their own."""
+    widest = instructions()
+    if instructions(name) != name:
+        pytest.skip(f"this processor has no {name}")
+    optimizer = TableOptimizer(kind=kind, lr=0.0, eps=1e-3, betas=(0.8, 0.95))
+    random = torch.Generator().manual_seed(0)
+    sizes, table_of, lrs = [(40, 16), (900, 4), (9, 20)], [0, 1, 1, 2], [0.3, 0.1, 0.2]
+    weights = [torch.randn(size, generator=random, dtype=torch.float64) for size in sizes]
+    states = [[torch.zeros(shape).double() for shape in state_shapes(kind, *size)] for size in sizes]
+    (of_row, of_element), columns = STATE_VALUES[kind], [0, *accumulate(sizes[table][1] for table in table_of)]
+
+    def flat(values: list[Tensor]) -> Tensor:
+        return torch.cat([value.flatten() for value in values]).float() if values else torch.zeros(0)
+
+    def state_of(index: int) -> list[Tensor]:
+        return [state[index] for state in states]
+
+    means = flat(state_of(0)) if of_row + of_element == 2 else torch.zeros(0)
+    mine = [flat(weights), means, flat(state_of(-1)) if kind != "sgd" else torch.zeros(0)]
+    begins = [0, *accumulate(rows * dim for rows, dim in sizes)]
+    places = [0, *accumulate(rows if of_row else rows * dim for rows, dim in sizes)]
+    facts = torch.tensor([(begins[t], places[t], *sizes[t], columns[f], t) for f, t in enumerate(table_of)])
+    for updates in range(1, 5):
+        ids = torch.cat([torch.randint(sizes[table][0], (BATCH,), generator=random) for table in table_of])
+        grad = torch.randn(BATCH, columns[-1], generator=random)
+        rates = ([lrs[table] for table in table_of], optimizer.eps, float("inf"), *optimizer.betas, updates)
+        torch.ops.recsys.update_(*mine, facts, ids, torch.arange(len(ids) + 1), grad, kind, *rates)
+        for t, (table, state) in enumerate(zip(weights, states, strict=True)):
+            own = torch.zeros_like(table)
+            for f in (f for f, of_feature in enumerate(table_of) if of_feature == t):
+                own.index_add_(0, ids.view(-1, BATCH)[f], grad[:, columns[f] : columns[f + 1]].double())
+            touched = own.ne(0).any(dim=1)
+            here = [values[touched] for values in state]
+            table[touched] -= change(optimizer, table[touched], own[touched], here, lrs[t], updates)
+            for values, new in zip(state, here, strict=True):
+                values[touched] = new
+    instructions(widest)
+    torch.testing.assert_close(mine[0], flat(weights), rtol=1e-4, atol=2e-5)
+    if means.numel():
+        torch.testing.assert_close(means, flat(state_of(0)), rtol=1e-4, atol=1e-5)
+    if kind != "sgd":
+        torch.testing.assert_close(mine[2], flat(state_of(-1)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_without_a_gradient_yet_stays_under_lamb() -> None:
+    weights, grad = torch.ones(12), torch.zeros(2, 4)
+    state = [torch.zeros(12), torch.zeros(12)]
+    facts = torch.tensor([(0, 0, 3, 4, 0, 0)])
+    rest = ("lamb", [0.1], 1e-8, float("inf"), 0.9, 0.999, 1)
+    torch.ops.recsys.update_(weights, *state, facts, torch.tensor([0, 2]), torch.arange(3), grad, *rest)
+    assert torch.equal(weights, torch.ones(12))
 
 
 def test_the_learning_rate_is_that_of_the_moment() -> None:

@@ -22,8 +22,11 @@ from recsys.embeddings.dynamic import DynamicGroup
 from recsys.embeddings.dynamic_rows import connect
 from recsys.embeddings.init import init_tables
 from recsys.members import parse_members
+from recsys.native import available
+from recsys.sharding import native
+from recsys.sharding.native import unfused_tables
 from recsys.sharding.torchrec import TableOptimizer
-from recsys.sharding.workload import FUSED_ON_CPU, STATE_VALUES, OptimizerKind
+from recsys.sharding.workload import FUSED_ON_CPU, STATE_VALUES, WHOLE_ROWS, OptimizerKind
 from recsys.training.dense_optim import DenseKind, dense_optimizer
 from recsys.training.optim import Optimizer, OptimizerConfig
 from recsys.training.schedule import Schedule
@@ -359,6 +362,46 @@ def test_rates_of_tables_and_the_rest_follow_their_schedules(prepared: Path) -> 
         optimizer.schedule(2)
         groups = itertools.chain(*(part.param_groups for _, part in optimizer.combined.optimizers))
         assert sorted(group["lr"] for group in groups) == pytest.approx([0.05, 0.1, 0.15, 0.2])
+
+
+@pytest.mark.parametrize("sharding", ["table_wise", "column_wise", "row_wise"])
+@pytest.mark.parametrize("kind", sorted(set(get_args(OptimizerKind)) - FUSED_ON_CPU))
+def test_what_fbgemm_does_not_fuse_is_updated_in_the_backward_by_the_same_formulas(
+    kind: OptimizerKind, sharding: str, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if sharding == "column_wise" and kind in WHOLE_ROWS:
+        pytest.skip(f"{kind} takes whole rows")
+    if not available("tables"):
+        pytest.skip("the operators are not built: there was no compiler")
+    members, rates = ("dcnv2", "wukong:table_lr=0.02"), {"table_lr": 0.01, "table_eps": 1e-4, "warmup_steps": 2}
+    config = small_config(prepared, members=members, table_optimizer=kind, sharding=sharding, **rates)
+    found: list[list[torch.Tensor]] = []
+    for is_built in (True, False):
+        if not is_built:
+            monkeypatch.setattr(native, "available", lambda library: False)
+        with process_group() as world:
+            trainer = Trainer(config, world)
+            assert bool(list(unfused_tables(trainer.task))) == is_built
+            batches = trainer.loader.stream()
+            for _ in range(4):
+                trainer.train_step(batches)
+            tables = {key: value for key, value in trainer.task.state_dict().items() if "embedding_bags" in key}
+            found.append([whole(value) for value in tables.values()])
+            assert trainer.optimizer.table_state
+            for state in trainer.optimizer.table_state.values():
+                assert len(state) == 2
+                found[-1] += [whole(values) for values in state.values()]
+            grads = [param.grad for name, param in trainer.task.named_parameters() if "embedding_bags" in name]
+            assert all(grad is None for grad in grads) == is_built
+    for mine, expected in zip(*found, strict=True):
+        assert expected.any()
+        torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-5)
+
+
+def whole(values: Any) -> torch.Tensor:
+    """What of a table or its state lies here, which is all of it."""
+    shards = [shard.tensor for shard in values.local_shards()] if hasattr(values, "local_shards") else [values]
+    return torch.cat([shard.flatten() for shard in shards])
 
 
 @pytest.mark.parametrize("sharding", ["table_wise", "row_wise"])

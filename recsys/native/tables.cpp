@@ -11,11 +11,13 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "bf16.h"
@@ -37,10 +39,20 @@ struct Feature {
 };
 constexpr int64_t kFacts = 6;
 
-enum class Kind { sgd, adagrad, rowwise_adagrad };
+enum class Kind { sgd, adagrad, rowwise_adagrad, adam, partial_rowwise_adam, lamb };
+
+// Kinds that keep a mean of gradients too; and those whose squares are one a row.
+constexpr bool has_means(Kind kind) { return kind >= Kind::adam; }
+constexpr bool by_row(Kind kind) { return kind == Kind::rowwise_adagrad || kind == Kind::partial_rowwise_adam; }
 
 struct Rates {
-  float lr, eps, limit;
+  float eps, limit, beta1, beta2;
+  float mean_bias, squares_bias;  // what means that began as 0 are divided by: 1 - beta^updates
+};
+
+// Of a table: weights, means of gradients, which lie as the weights do, and (means of) squares.
+struct Rows {
+  float *weights, *means, *squares;
 };
 
 // The ids of a table, or one part of them.
@@ -279,9 +291,23 @@ std::vector<Task> tasks_of(const std::vector<Feature>& features, const Id* offse
   return tasks;
 }
 
+using UpdateRows = void (*)(const Rows&, int64_t, float, const Rates&, Scratch&);
+
+template <int D>
+UpdateRows update_rows_of(Kind kind) {
+  switch (kind) {
+    case Kind::sgd: return RECSYS_WIDEST(update_rows, D, Kind::sgd);
+    case Kind::adagrad: return RECSYS_WIDEST(update_rows, D, Kind::adagrad);
+    case Kind::rowwise_adagrad: return RECSYS_WIDEST(update_rows, D, Kind::rowwise_adagrad);
+    case Kind::adam: return RECSYS_WIDEST(update_rows, D, Kind::adam);
+    case Kind::partial_rowwise_adam: return RECSYS_WIDEST(update_rows, D, Kind::partial_rowwise_adam);
+    default: return RECSYS_WIDEST(update_rows, D, Kind::lamb);
+  }
+}
+
 template <typename Id, typename V>
-void update(Kind kind, const std::vector<Feature>& features, float* weights, float* state, const at::Tensor& ids,
-            const at::Tensor& offsets, const at::Tensor& grad, const Rates& rates) {
+void update(Kind kind, const std::vector<Feature>& features, const Rows& all, const at::Tensor& ids,
+            const at::Tensor& offsets, const at::Tensor& grad, at::ArrayRef<double> lrs, const Rates& rates) {
   const int64_t batch_size = grad.size(0), width = grad.size(1);
   const auto *all_ids = ids.const_data_ptr<Id>(), *all_offsets = offsets.const_data_ptr<Id>();
   const auto* grads = static_cast<const V*>(grad.const_data_ptr());
@@ -291,37 +317,44 @@ void update(Kind kind, const std::vector<Feature>& features, float* weights, flo
   at::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
     thread_local Scratch scratch;
     for (size_t at; (at = next.fetch_add(1)) < tasks.size();) {
-      const Feature& table = features[tasks[at].features.front()];
+      const int64_t first = tasks[at].features.front();
+      const Feature& table = features[first];
+      const Rows rows{all.weights + table.weights, all.means + (has_means(kind) ? table.weights : 0),
+                      all.squares + table.state};
       RECSYS_WIDEST(find_rows, Id)(tasks[at], features, all_ids, all_offsets, width, batch_size, scratch);
       RECSYS_FOR_DIM(table.dim, {
         RECSYS_WIDEST(sum_gradients, D, V)(grads, table.dim, rates.limit, scratch);
-        const auto update_rows = kind == Kind::sgd       ? RECSYS_WIDEST(update_rows, D, Kind::sgd)
-                                 : kind == Kind::adagrad ? RECSYS_WIDEST(update_rows, D, Kind::adagrad)
-                                                         : RECSYS_WIDEST(update_rows, D, Kind::rowwise_adagrad);
-        update_rows(table, weights, state, rates, scratch);
+        update_rows_of<D>(kind)(rows, table.dim, static_cast<float>(lrs[first]), rates, scratch);
       })
     }
   });
 }
 
 Kind kind_of(c10::string_view name) {
-  if (name == "sgd") return Kind::sgd;
-  if (name == "adagrad") return Kind::adagrad;
-  TORCH_CHECK(name == "rowwise_adagrad", "no optimizer ", name);
-  return Kind::rowwise_adagrad;
+  constexpr std::array<std::string_view, 6> kinds = {"sgd",  "adagrad",              "rowwise_adagrad",
+                                                     "adam", "partial_rowwise_adam", "lamb"};
+  const auto found = std::find(kinds.begin(), kinds.end(), std::string_view(name.data(), name.size()));
+  TORCH_CHECK(found != kinds.end(), "no optimizer ", name);
+  return static_cast<Kind>(found - kinds.begin());
 }
 
-void update_(at::Tensor weights, at::Tensor state, const at::Tensor& tables, const at::Tensor& ids,
-             const at::Tensor& offsets, const at::Tensor& grad, c10::string_view kind, double lr, double eps,
-             double limit) {
+void update_(at::Tensor weights, at::Tensor means, at::Tensor squares, const at::Tensor& tables, const at::Tensor& ids,
+             const at::Tensor& offsets, const at::Tensor& grad, c10::string_view name, at::ArrayRef<double> lrs,
+             double eps, double limit, double beta1, double beta2, int64_t updates) {
   check(weights, ids, offsets);
   const auto features = features_of(tables);
+  const Kind kind = kind_of(name);
   TORCH_CHECK(grad.size(0) == batch_size_of(offsets, features.size()), "a gradient row for each bag expected");
-  const Rates rates{static_cast<float>(lr), static_cast<float>(eps), static_cast<float>(limit)};
+  TORCH_CHECK(lrs.size() == features.size(), "a rate for each feature expected, not ", lrs.size());
+  TORCH_CHECK(!has_means(kind) || (means.numel() == weights.numel() && updates > 0), "a mean for each weight expected");
+  const auto bias = [&](double beta) { return static_cast<float>(1 - std::pow(beta, updates)); };
+  const Rates rates{static_cast<float>(eps),   static_cast<float>(limit), static_cast<float>(beta1),
+                    static_cast<float>(beta2), bias(beta1),               bias(beta2)};
+  const Rows all{weights.mutable_data_ptr<float>(), means.mutable_data_ptr<float>(),
+                 squares.mutable_data_ptr<float>()};
   const auto whole = (grad.scalar_type() == at::kBFloat16 ? grad : grad.to(at::kFloat)).contiguous();
   by_types(ids, whole, [&](auto id, auto v) {
-    update<decltype(id), decltype(v)>(kind_of(kind), features, weights.mutable_data_ptr<float>(),
-                                      state.mutable_data_ptr<float>(), ids, offsets, whole, rates);
+    update<decltype(id), decltype(v)>(kind, features, all, ids, offsets, whole, lrs, rates);
   });
 }
 
@@ -343,8 +376,8 @@ TORCH_LIBRARY(recsys, library) {
   library.def(
       "lookup_sum(Tensor weights, Tensor tables, Tensor ids, Tensor offsets, int width, ScalarType dtype) -> Tensor");
   library.def(
-      "update_(Tensor(a!) weights, Tensor(b!) state, Tensor tables, Tensor ids, Tensor offsets, Tensor grad, "
-      "str kind, float lr, float eps, float limit) -> ()");
+      "update_(Tensor(a!) weights, Tensor(b!) means, Tensor(c!) squares, Tensor tables, Tensor ids, Tensor offsets, "
+      "Tensor grad, str kind, float[] lrs, float eps, float limit, float beta1, float beta2, int updates) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(recsys, CPU, library) {

@@ -45,7 +45,7 @@ def allowed(
     for name in kernels:
         _known("kernel", name, KERNELS, "--sharding.kernels")
     if tuple(kernels) == ("fused",) and not is_fused(workload.optimizer, hardware):
-        kernels = ("dense",)  # the default, where there is nothing fused: updated by `RowOptimizer`
+        kernels = ("dense",)  # the default, where FBGEMM fuses nothing
     check_possible(types, kernels, workload.optimizer, hardware, "--sharding")
     splits_columns = workload.optimizer not in WHOLE_ROWS
     chosen = tuple(types) or tuple(name for name in AUTO_TYPES if splits_columns or name not in COLUMN_TYPES)

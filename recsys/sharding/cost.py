@@ -132,8 +132,8 @@ class CostModel:
         work.add("update", fields=1, ids=counted)
         distinct = rows * -np.expm1(-ids / np.maximum(rows, 1))
         work.gather("lookup", kernel, ids * row_bytes, pooled * 4)
-        # The kernel dense has a gradient as large as its shard.
-        gradient = rows * row_bytes if kernel == "dense" else 0.0 * rows
+        # The kernel dense has a gradient as large as its shard; on a CPU our operators update its rows without one.
+        gradient = rows * row_bytes if kernel == "dense" and not self._on_cpu else 0.0 * rows
         work.gather(
             "update",
             kernel,

@@ -11,6 +11,8 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import nn
 from torch.distributed._shard.metadata import ShardMetadata
+from torch.nn.parallel import DistributedDataParallel
+from torchrec.distributed.batched_embedding_kernel import BatchedDenseEmbeddingBag
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.planner.utils import placement
@@ -47,7 +49,7 @@ COMMS = {"fp16": CommType.FP16, "bf16": CommType.BF16, "int8": CommType.INT8}
 
 @dataclass(frozen=True, kw_only=True)
 class TableOptimizer:
-    """What updates tables: FBGEMM within their backward pass, or `RowOptimizer` after it, by the same formulas."""
+    """What updates tables: FBGEMM or our operators within their backward, or `RowOptimizer` after it, all alike."""
 
     kind: OptimizerKind
     lr: float
@@ -151,6 +153,15 @@ def batches_of_tables(module: nn.Module) -> Iterator[SplitTableBatchedEmbeddingB
         if isinstance(collection, ShardedEmbeddingBagCollection):
             parts = (part for lookup in collection._lookups for part in lookup.modules())
             yield from (part for part in parts if isinstance(part, SplitTableBatchedEmbeddingBagsCodegen))
+
+
+def dense_batches_of_tables(module: nn.Module) -> Iterator[BatchedDenseEmbeddingBag]:
+    """TorchRec's batches of tables under the kernel dense in a sharded module, without those whose ranks average."""
+    for collection in module.modules():
+        if isinstance(collection, ShardedEmbeddingBagCollection):
+            alone = (lookup for lookup in collection._lookups if not isinstance(lookup, DistributedDataParallel))
+            parts = (part for lookup in alone for part in lookup.modules())
+            yield from (part for part in parts if isinstance(part, BatchedDenseEmbeddingBag))
 
 
 def mend_empty(module: nn.Module) -> None:

@@ -18,6 +18,7 @@ from recsys.config import InputError
 from recsys.embeddings.config import TABLE_SEPARATOR
 from recsys.embeddings.robe import RobeArray
 from recsys.members import MemberSpec
+from recsys.sharding.native import unfused_tables
 from recsys.sharding.torchrec import COUNTING, TableOptimizer, batches_of_tables
 from recsys.sharding.workload import OptimizerKind
 from recsys.training.dense_optim import DenseKind, dense_optimizer
@@ -38,7 +39,7 @@ class OptimizerConfig:
     tables: OptimizerKind = "rowwise_adagrad"
     """Of the embedding tables; only rows that a batch looks up are updated. rowwise_adagrad keeps one accumulator a row
     (a D-th of the memory), adagrad one an element, sgd none, adam and lamb two an element, partial_rowwise_adam one an
-    element and one a row. On a CPU the last three need gradients as large as the tables."""
+    element and one a row."""
     table_lr: float = 0.05
     """Learning rate of the tables."""
     table_eps: float = 1e-8
@@ -223,7 +224,7 @@ def _unfused(
     values = model.state_dict()
     sharded = {name: values[name] for name in params if isinstance(values[name], ShardedTensor)}
     here = {name: param for name, param in params.items() if name not in sharded or sharded[name].local_shards()}
-    return RowOptimizer(here, optimizer, {name: lr_of(name) for name in here}, sharded)
+    return RowOptimizer(here, optimizer, {name: lr_of(name) for name in here}, sharded, list(unfused_tables(model)))
 
 
 def _arrays(

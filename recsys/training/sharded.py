@@ -61,7 +61,7 @@ def shard(
     )
     task = _distribute(ClickTask(model, config.loss), plan, sharder, world)
     if plan.replicas == 1:
-        use_native(task, _fields_dtype(config, model, plan, world))
+        use_native(task, _fields_dtype(config, model, plan, world), optimizer.kind)
     return Sharded(task, model, plan)
 
 

@@ -1,11 +1,13 @@
-"""Optimizers of tables that no backward pass updates: the formulas of FBGEMM's fused ones, row by row.
+"""Optimizers of tables that FBGEMM does not update: the formulas of its fused ones, row by row.
 
 FBGEMM fuses only Adagrad and SGD on a CPU, and nothing into tables that are data-parallel. Tables under the kernel
-dense get a gradient as large as themselves, and are updated here.
+dense are updated here, from a gradient as large as themselves; or by our operators in their backward, by rates and with
+state from here.
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,21 +15,12 @@ from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata
 from torchrec.optim.keyed import KeyedOptimizer
 
+from recsys.sharding.native import Rates, UnfusedTables
 from recsys.sharding.torchrec import COUNTING, TableOptimizer
 from recsys.sharding.workload import STATE_VALUES, OptimizerKind
 
 TABLE = "embedding_bags."
 """Before a table's name in the name of a parameter."""
-
-
-class Rates(NamedTuple):
-    """What an update goes by."""
-
-    lr: float
-    eps: float
-    betas: tuple[float, float]
-    updates: int
-    """This one among them."""
 
 
 class RowOptimizer(KeyedOptimizer):
@@ -44,14 +37,16 @@ class RowOptimizer(KeyedOptimizer):
     - partial_rowwise_adam: the same with mean(g^2) for g^2, so that v is one a row
     - lamb: as adam, but w -= lr (|w| / |r|) r, by the norms of the row
 
-    Rows that a batch does not look up keep m and v as they are, as under the fused kernels. State is named as TorchRec
-    names theirs: TABLE.momentum1 is v of Adagrad or m of the others, whose v is TABLE.exp_avg_sq.
+    Rows that a batch does not look up keep m and v as they are, as under the fused kernels; our operators, as FBGEMM's,
+    update all those that it does. State is named as TorchRec names theirs: TABLE.momentum1 is v of Adagrad or m of the
+    others, whose v is TABLE.exp_avg_sq.
 
     Args:
         params: by name. Tables [rows, D], here or what of them is here; other arrays count as rows of one element.
         optimizer: kind and constants; its rate is for those that have no other.
         lrs: rates, by name.
         sharded: the tables, by name, of which a part lies here.
+        native: batches of tables that our operators update; the others are updated by `step`.
 
     Attributes:
         count: updates before the next one; the schedule sets it.
@@ -63,18 +58,26 @@ class RowOptimizer(KeyedOptimizer):
         optimizer: TableOptimizer,
         lrs: Mapping[str, float],
         sharded: Mapping[str, ShardedTensor] | None = None,
+        native: Sequence[UnfusedTables] = (),
     ) -> None:
         self.optimizer, self.count = optimizer, 0
         sharded = sharded or {}
+        places: dict[UnfusedTables, list[tuple[slice, nn.Parameter]]] = {tables: [] for tables in native}
         groups: dict[float, list[nn.Parameter]] = {}
         self._state: dict[str, list[Tensor]] = {}
         given: dict[nn.Parameter, dict[str, Any]] = {}
         for key, param in params.items():
             groups.setdefault(lrs.get(key, optimizer.lr), []).append(param)
             rows, dim = _rows(param).shape
-            self._state[key] = [
-                torch.zeros(shape, device=param.device) for shape in _state_shapes(optimizer.kind, rows, dim)
-            ]
+            for tables in native:
+                if place := tables.place(_rows(param)):
+                    places[tables].append((place, param))
+                    self._state[key] = tables.state_at(place, dim)
+                    break
+            else:
+                self._state[key] = [
+                    torch.zeros(shape, device=param.device) for shape in state_shapes(optimizer.kind, rows, dim)
+                ]
             table = f"{table_of(key)}." if TABLE in key else ""
             names = ("momentum1", "exp_avg_sq")
             given[param] = {
@@ -82,6 +85,10 @@ class RowOptimizer(KeyedOptimizer):
                 for name, values in zip(names, self._state[key], strict=False)
             }
         super().__init__(params, given, [{"params": group, "lr": lr} for lr, group in groups.items()])
+        for tables, own in places.items():
+            begins = tables.facts[:, 0].tolist()
+            of_features = [next((param for at, param in own if at.start <= begin < at.stop), None) for begin in begins]
+            tables.rates = functools.partial(self._rates, of_features)
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Forget the gradients."""
@@ -91,7 +98,7 @@ class RowOptimizer(KeyedOptimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """Update what has a gradient."""
-        lrs = {param: group["lr"] for group in self.param_groups for param in group["params"]}
+        lrs = self._lrs()
         for key, param in self.params.items():
             if param.grad is None:
                 continue
@@ -99,33 +106,44 @@ class RowOptimizer(KeyedOptimizer):
             touched = grad.ne(0).any(dim=1).nonzero().squeeze(1)
             if not touched.numel():
                 continue
-            rates = Rates(lrs[param], self.optimizer.eps, self.optimizer.betas, self.count + 1)
             here = [values[touched] for values in self._state[key]]
             rows = weight[touched]
-            rows -= change(self.optimizer.kind, rows, grad[touched], here, rates)
+            rows -= change(self.optimizer, rows, grad[touched], here, lrs[param], self.count + 1)
             weight[touched] = rows
             for values, new in zip(self._state[key], here, strict=True):
                 values[touched] = new
 
+    def _lrs(self) -> dict[nn.Parameter, float]:
+        return {param: group["lr"] for group in self.param_groups for param in group["params"]}
 
-def change(kind: OptimizerKind, rows: Tensor, grad: Tensor, state: Sequence[Tensor], rates: Rates) -> Tensor:
-    """What to subtract from rows [R, D]; updates their state in place."""
+    def _rates(self, of_features: Sequence[nn.Parameter | None]) -> Rates:
+        """What the next update of features' tables goes by; a table without rows here has no parameter."""
+        lrs = self._lrs()
+        own = [0.0 if param is None else lrs[param] for param in of_features]
+        return Rates(own, self.optimizer.eps, betas=self.optimizer.betas, updates=self.count + 1)
+
+
+def change(
+    optimizer: TableOptimizer, rows: Tensor, grad: Tensor, state: Sequence[Tensor], lr: float, updates: int
+) -> Tensor:
+    """What to subtract from rows [R, D] in this update of so many; updates their state in place."""
+    kind = optimizer.kind
     if kind == "sgd":
-        return rates.lr * grad
+        return lr * grad
     if kind not in COUNTING:
         (squares,) = state
         squares += grad.square() if kind == "adagrad" else grad.square().mean(dim=1)
-        return rates.lr * grad / (_column(squares).sqrt() + rates.eps)
+        return lr * grad / (_column(squares).sqrt() + optimizer.eps)
     mean, squares = state
-    beta1, beta2 = rates.betas
+    beta1, beta2 = optimizer.betas
     mean.mul_(beta1).add_(grad, alpha=1 - beta1)
     by_row = kind == "partial_rowwise_adam"
     squares.mul_(beta2).add_(grad.square().mean(dim=1) if by_row else grad.square(), alpha=1 - beta2)
-    root = (_column(squares) / (1 - beta2**rates.updates)).sqrt()
-    towards = mean / (1 - beta1**rates.updates) / (root + rates.eps)
+    root = (_column(squares) / (1 - beta2**updates)).sqrt()
+    towards = mean / (1 - beta1**updates) / (root + optimizer.eps)
     if kind == "lamb":
         towards *= rows.norm(dim=1, keepdim=True) / towards.norm(dim=1, keepdim=True)
-    return rates.lr * towards
+    return lr * towards
 
 
 def table_of(key: str) -> str:
@@ -143,7 +161,7 @@ def _rows(values: Tensor) -> Tensor:
     return plain if plain.dim() == 2 else plain.view(-1, 1)
 
 
-def _state_shapes(kind: OptimizerKind, rows: int, dim: int) -> Iterator[tuple[int, ...]]:
+def state_shapes(kind: OptimizerKind, rows: int, dim: int) -> Iterator[tuple[int, ...]]:
     """Of what is elementwise, then of what is one a row."""
     of_row, of_element = STATE_VALUES[kind]
     yield from [(rows, dim)] * of_element

@@ -18,6 +18,7 @@ from recsys.embeddings.init import init_tables
 from recsys.embeddings.precision import check_precision, check_replicated, for_inference, fused_params
 from recsys.model import RecModel
 from recsys.sharding.native import use_native
+from recsys.sharding.workload import OptimizerKind
 from recsys.training import sharded
 from recsys.training.checkpoint import folder as checkpoints
 from recsys.training.checkpoint.saver import save_once
@@ -66,17 +67,26 @@ def test_fp16_tables_train_close_to_fp32(outcomes: dict[str, Outcome]) -> None:
     assert abs(outcomes["fp32"].logits_NM - outcomes["fp16"].logits_NM).mean() < 0.01
 
 
-@pytest.mark.parametrize("kind", ["tables", "mixed,compression=1.5", "qr,compression=2"])
+@pytest.mark.parametrize(
+    ("kind", "optimizer"),
+    [
+        ("tables", "rowwise_adagrad"),
+        ("tables", "adam"),
+        ("mixed,compression=1.5", "rowwise_adagrad"),
+        ("qr,compression=2", "rowwise_adagrad"),
+    ],
+)
 def test_tables_that_give_bf16_train_as_those_whose_vectors_are_cast(
-    kind: str, prepared: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, optimizer: OptimizerKind, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On one rank members of bf16 get bf16 at once, where nothing else is computed before: the same bits as a cast."""
-    config = small_config(prepared, members=(f"dcnv2:embeddings={kind}",), precision="bf16")
+    members = (f"dcnv2:embeddings={kind}",)
+    config = small_config(prepared, members=members, precision="bf16", table_optimizer=optimizer)
     given: list[torch.dtype] = []
 
-    def cast_on_the_way(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    def cast_on_the_way(module: torch.nn.Module, dtype: torch.dtype, unfused: OptimizerKind) -> None:
         given.append(dtype)
-        use_native(module)
+        use_native(module, unfused=unfused)
 
     (at_once,) = train_here([config])
     monkeypatch.setattr(sharded, "use_native", cast_on_the_way)
