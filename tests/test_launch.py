@@ -43,6 +43,21 @@ def test_the_component_runs_the_train_verb_on_every_rank() -> None:
     assert role.image == "image"
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["-j", "1x16", "-r", "h100x8"], "-j 1x16: 16 ranks on nodes of 8 GPUs; a rank needs one of its own"),
+        (["-j", "2x3"], "-j 2x3: --train.batch-size 64 cannot be shared by 6 ranks equally; 66 can"),
+        (["-j", "2:5x2"], "-j 2:5x2: --train.batch-size 64 cannot be shared by 10 ranks equally; 60 can"),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused_before_anything_is_sent(
+    options: list[str], reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["launch", "train", "--dryrun", *options, "--", "synthetic", *OPTIONS]) == 2
+    assert reason in capfd.readouterr().err
+
+
 def test_the_component_of_the_launchers_is_the_one_of_recsys_launch() -> None:
     assert ddp("synthetic", j="1:2x4", gpu=4) == components.train("synthetic", j="1:2x4", gpu=4)
 
@@ -221,12 +236,12 @@ def test_ray_gets_a_job_of_its_own_api(
 def test_torchxconfig_says_what_the_command_does_not(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / ".torchxconfig").write_text(
         "[cli:run]\nscheduler = kubernetes\n[kubernetes]\nqueue = nightly\n"
-        "[component:recsys.train]\nj = 3x8\nh = h200x8\nmax_retries = 2\n"
+        "[component:recsys.train]\nj = 4x8\nh = h200x8\nmax_retries = 2\n"
     )
     job = ["--", "criteo_kaggle", "--data", "/data", "--out", "/run"]
     text = request(capsys, "train", "--image", "mine:1", *job)
     assert "queue: nightly" in text
-    assert "--nnodes 3 --nproc_per_node 8" in text
+    assert "--nnodes 4 --nproc_per_node 8" in text
     assert "cpu: 184000m" in text
     assert "--resume auto" in text
     other = request(capsys, "train", "-j", "1x2", "--max-retries", "0", *job)

@@ -54,9 +54,7 @@ class LaunchConfig:
         if self.shape is not None:
             if self.verb != "train":
                 raise ValueError(f"-j {self.shape}: {self.verb} is one process; leave -j out")
-            match = _SHAPE.fullmatch(self.shape)
-            if not match or not 1 <= int(match["least"] or 1) <= int(match["nodes"]) or int(match["ranks"]) < 1:
-                raise ValueError(f"-j {self.shape!r} is no shape; write NODESxRANKS (4x8) or LEAST:MOSTxRANKS (1:4x8)")
+            read_shape(self.shape)
         for name, given, least in (
             ("cpu", self.cpu, 1),
             ("gpu", self.gpu, 0),
@@ -74,3 +72,18 @@ class LaunchConfig:
             raise ValueError(f"rdzv_port {self.rdzv_port}: {self.verb} is one process; leave it out")
         if self.verb == "prepare" and self.gpu:
             raise ValueError(f"gpu {self.gpu}: prepare uses none; leave it out")
+
+
+def read_shape(text: str) -> tuple[range, int]:
+    """The numbers of nodes that a shape allows, and the ranks on each.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = _SHAPE.fullmatch(text)
+    if match:
+        most, ranks = int(match["nodes"]), int(match["ranks"])
+        least = int(match["least"] or most)
+        if 1 <= least <= most and ranks >= 1:
+            return range(least, most + 1), ranks
+    raise ValueError(f"-j {text!r} is no shape; write NODESxRANKS (4x8) or LEAST:MOSTxRANKS (1:4x8)")

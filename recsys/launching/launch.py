@@ -23,7 +23,7 @@ from torchx.util.types import to_dict
 
 from recsys.config import InputError, nearest
 from recsys.launching import components
-from recsys.launching.config import LaunchConfig
+from recsys.launching.config import LaunchConfig, read_shape
 from recsys.launching.places import MOUNTED, SHARED, Job, fill
 
 PACKAGES = {"local_docker": "docker", "kubernetes": "kubernetes", "aws_batch": "boto3", "ray": "ray"}
@@ -44,6 +44,9 @@ def launch(config: LaunchConfig, job: Job) -> int:
         scheduler = _scheduler(config, runner)
         defaults = load_sections("component").get(f"recsys.{config.verb}", {})
         app = _app(config, job, scheduler, defaults)
+        if job.verb == "train":
+            shape = inspect.signature(components.train).parameters["j"].default
+            _check_ranks(config.shape or defaults.get("j", shape), job.config.train.batch_size, app)
         options = _options(config, scheduler, runner)
         with _folder(scheduler, app):
             if config.dryrun:
@@ -120,6 +123,23 @@ def _app(config: LaunchConfig, job: Job, scheduler: str, defaults: Mapping[str, 
                 "the environment of the launch"
             )
     return app
+
+
+def _check_ranks(shape: str, batch_size: int, app: AppDef) -> None:
+    """See that ranks have a GPU each, where there are any, and can share a batch when all nodes are there."""
+    try:
+        nodes, ranks = read_shape(shape)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    gpus = app.roles[0].resource.gpu
+    if 0 < gpus < ranks:
+        raise InputError(f"-j {shape}: {ranks} ranks on nodes of {gpus} GPUs; a rank needs one of its own")
+    world = nodes[-1] * ranks
+    if batch_size % world:
+        raise InputError(
+            f"-j {shape}: --train.batch-size {batch_size} cannot be shared by {world} ranks equally; "
+            f"{max(round(batch_size / world), 1) * world} can"
+        )
 
 
 def _has(arguments: Sequence[str], option: str) -> bool:
