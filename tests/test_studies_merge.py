@@ -19,7 +19,7 @@ from recsys.studies.merge_study import Results, merge_study
 from recsys.training.config import TrainConfig
 from recsys.training.metrics import ClickMetrics, click_metrics
 from recsys.training.predictions import load_predictions
-from recsys.training.run import data_facts
+from recsys.training.provenance import data_facts
 from recsys.training.trainer import Trainer
 from tests.distributed.jobs import small_config
 from tests.test_cli import error_line

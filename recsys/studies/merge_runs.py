@@ -22,7 +22,8 @@ from recsys.training.checkpoint.saver import save_once
 from recsys.training.config import TrainConfig
 from recsys.training.metrics import ClickMetrics
 from recsys.training.predictions import greedy_order, member_metrics, merge_for
-from recsys.training.run import RunFolder, data_facts, read_facts
+from recsys.training.provenance import data_facts, difference, read_facts
+from recsys.training.run import RunFolder
 from recsys.training.trainer import Trainer
 
 
@@ -165,7 +166,7 @@ def _check_alike(first: _Source, source: _Source) -> None:
     """Raise InputError unless a run and the first one can be one."""
     Schema.load(first.path)
     first.run.check_schema(Schema.load(source.path))
-    if different := _different(first.data(), source.data()):
+    if different := difference(first.data(), source.data()):
         raise InputError(
             f"{source.path} was trained on other data than {first.path}: {different}; rows that one held out, another "
             "may have learnt. Merge runs of one prepared folder"
@@ -216,19 +217,11 @@ def _check_data(first: _Source, data: Path) -> None:
     if not data.is_dir():
         raise InputError(f"{data}: no such folder, and {first.path} was trained on it; name where it is now by --data")
     first.run.check_schema(Schema.load(data))
-    if different := _different(first.data(), data_facts(data)):
+    if different := difference(first.data(), data_facts(data)):
         raise InputError(
             f"{data} is not the data that {first.path} was trained on: {different}; rows that are held out now may "
             "have been learnt. Name that data by --data"
         )
-
-
-def _different(wanted: dict[str, Any], found: dict[str, Any]) -> str | None:
-    """The first fact in which data differ; the manifest's checksum, which says least, comes last."""
-    for name in sorted({*wanted, *found}, key=lambda name: (name == "manifest_sha256", name)):
-        if wanted.get(name) != found.get(name):
-            return f"{name} {found.get(name)} instead of {wanted.get(name)}"
-    return None
 
 
 def _changes(sources: Sequence[_Source]) -> list[str]:

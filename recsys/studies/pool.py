@@ -17,7 +17,7 @@ from recsys.studies.row_errors import auc_influences, logloss_influences
 from recsys.studies.running import predictions_of
 from recsys.training.metrics import click_metrics
 from recsys.training.predictions import Predictions, merge_for
-from recsys.training.run import data_facts
+from recsys.training.provenance import data_facts
 
 METRICS = {"auc": 1, "logloss": -1, "ne": -1}
 """Metrics of a study, and whether more or less of each is better."""

@@ -21,7 +21,8 @@ from recsys.training.config import TrainConfig
 from recsys.training.metrics import logloss
 from recsys.training.predict import Predictor
 from recsys.training.predictions import Predictions, load_predictions
-from recsys.training.run import RunFolder, data_facts
+from recsys.training.provenance import data_facts, difference, read_facts
+from recsys.training.run import RunFolder
 from recsys.training.trainer import Trainer
 
 HELD_OUT = ("valid", "test")
@@ -80,7 +81,7 @@ def check_same_run(job: Job) -> None:
         InputError: they differ, naming the first field, or it was trained on other data.
     """
     run = RunFolder(job.folder)
-    if run.data.exists() and json.loads(run.data.read_text()) != data_facts(job.config.data):
+    if run.data.exists() and difference(read_facts(run.data), data_facts(job.config.data)):
         raise InputError(f"{job.folder}: was trained on other data than {job.config.data}; name another --out")
     for name, old, new in _differences(dump(load_file(TrainConfig, run.config)), dump(job.config)):
         if name not in MAY_DIFFER:

@@ -105,6 +105,11 @@ class Loop:
         metrics, _ = self._validate()
         if metrics:
             self.saver.validated(trainer.step, {name: asdict(member) for name, member in metrics.items()})
+            if worse := [name for name, member in metrics.items() if member.ne > 1]:
+                self._say(
+                    f"{', '.join(worse)}: NE above 1, which is worse than the same mean for every row; is a dense "
+                    "column not scaled to about 1, a learning rate too high, or the run too short?"
+                )
         self.write("end", trainer.step, {"reason": LAST})
         return metrics
 

@@ -9,6 +9,7 @@ from recsys.data.schema import Schema
 from recsys.distributed import World
 from recsys.training.checkpoint import folder as checkpoints
 from recsys.training.config import TrainConfig, check_same_job
+from recsys.training.provenance import check_labels
 from recsys.training.run import RunFolder
 
 
@@ -28,8 +29,9 @@ def open_run(config: TrainConfig, schema: Schema, num_steps: int, world: World) 
     """Take the run folder, and find the checkpoint to go on from.
 
     Raises:
-        InputError: the folder is taken, or what is in it is of another job or at its end.
+        InputError: the folder is taken, or what is in it is of another job or at its end, or labels are all alike.
     """
+    check_labels(config.data)
     run = RunFolder.open(config.out, resume=config.resume == "auto")
     if config.resume == "never":
         return Opened(run, None)

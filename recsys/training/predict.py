@@ -1,14 +1,12 @@
 """Predict: logits of a run's members on held-out rows, each row exactly once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from recsys.config import InputError, load_file, nearest
-from recsys.data.batch import Batch
 from recsys.data.loader import Loader
 from recsys.data.schema import Schema
 from recsys.distributed import World, mean_over_ranks, on_all_alike, on_every, on_first
@@ -24,7 +22,8 @@ from recsys.training.config import TrainConfig
 from recsys.training.ema import Ema
 from recsys.training.optim import dense_parameters
 from recsys.training.predictions import Predictions, greedy_order, merge_for
-from recsys.training.run import RunFolder, data_facts
+from recsys.training.provenance import data_facts
+from recsys.training.run import RunFolder
 from recsys.training.sharded import held_out, shard
 from recsys.training.share import Share, check_groups, predict_share
 
@@ -66,9 +65,11 @@ class Predictor:
         self.config = replace(config, data=data or config.data, train=loop, sharding=sharding)
         self.schema = on_every(lambda: Schema.load(self.config.data))
         self.run.check_schema(self.schema)
+        on_first(lambda: self.run.check_held_out(self.config.data))
         newest = on_first(lambda: checkpoints.newest(self.run.checkpoints))
         if newest is None:
             raise InputError(f"{self.run.checkpoints}: no checkpoint in it; the run has not saved one yet")
+        on_first(lambda: self._check_config(newest))
         specs = [self._spec(name) for name in members] if members else self.config.specs()
         self.specs = [replace(spec, model=for_inference(spec.model, world.device)) for spec in specs]
         local_batch_size = max(self.config.train.batch_size // world.size, 1)
@@ -79,6 +80,18 @@ class Predictor:
             load_averages(newest, averages)
             averages.apply()
         cast_once(model, self.schema)  # after all that is loaded, which is fp32
+
+    def _check_config(self, newest: Path) -> None:
+        """See that `config.json` describes the members that are in the checkpoint, but for how they are computed."""
+        trained = {spec.name: spec for spec in load_file(TrainConfig, newest / "config.json").specs()}
+        for spec in self.config.specs():
+            there = trained.get(spec.name)
+            how = {name: getattr(spec.model, name) for name in ("batched", "compile", "rows")}
+            if there is None or replace(there, model=replace(there.model, **how)) != spec:
+                raise InputError(
+                    f"{self.run.config}: member {spec.name} is not the one in {newest}, which has a config.json too; "
+                    "copy that one back"
+                )
 
     def _spec(self, name: str) -> MemberSpec:
         specs = {spec.name: spec for spec in self.config.specs()}
@@ -150,13 +163,17 @@ class Predictor:
         """
         if by is not None:
             on_first(lambda: check_groups(by, self.schema, self.config.loader.multi_hot))
-        return predict_share(self.task, self.names, self.held_out(split).once(), self.world.device, by)
+        share = predict_share(self.task, self.names, self.held_out(split).once(), self.world.device, by)
+        not_finite = mean_over_ranks(share.logits_NM.isfinite().logical_not().any(dim=0).double())
+        for name, ranks in zip(self.names, not_finite.tolist(), strict=True):
+            if ranks:
+                with on_all_alike():
+                    raise InputError(
+                        f"{self.run.path}: member {name} predicts no number for rows of {split}; it diverged in "
+                        f"training, or its checkpoint of step {self.step} is damaged"
+                    )
+        return share
 
     def predict(self, split: str) -> Predictions | None:
-        """Logits of a split's rows on rank 0, None on the others."""
-        return predict(self.task, self.names, self.held_out(split).once(), self.world)
-
-
-def predict(task: nn.Module, names: Sequence[str], batches: Iterator[Batch], world: World) -> Predictions | None:
-    """Run the task over this rank's batches; rank 0 gets the predictions of all ranks, the others None."""
-    return predict_share(task, names, batches, world.device).gathered()
+        """Logits of a split's rows on rank 0, None on the others; see `share`."""
+        return self.share(split).gathered()

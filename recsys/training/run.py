@@ -1,6 +1,5 @@
 """The run folder: what a run writes, and how it is found again."""
 
-import hashlib
 import json
 import uuid
 from collections.abc import Iterator, Sequence
@@ -10,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from recsys.config import InputError, dump, read_values, write_whole
-from recsys.data.manifest import MANIFEST
 from recsys.data.schema import Schema
 from recsys.merge.rules import Merge
 from recsys.place import place
 from recsys.sharding.plan import Plan
+from recsys.training.provenance import data_facts, difference, other_split, other_vocabulary, read_facts
 from recsys.training.sinks import SinkConfig, Write, open_sinks
 
 
@@ -137,15 +136,31 @@ class RunFolder:
         Raises:
             InputError: other data, naming what differs.
         """
+        if self.data.exists() and (different := difference(read_facts(self.data), data_facts(folder))):
+            raise InputError(
+                f"{folder} is not the data that the run {self.path} was trained on: {different}; rows that are held "
+                "out now may have been learnt before"
+            )
+
+    def check_held_out(self, folder: Path) -> None:
+        """See that ids of prepared data mean what they meant in training, and that held-out rows were held out then.
+
+        Raises:
+            InputError: another split of the same log, or another vocabulary, naming the first feature.
+        """
         if not self.data.exists():
             return
         mine, given = read_facts(self.data), data_facts(folder)
-        for name, value in given.items():
-            if mine.get(name) != value:
-                raise InputError(
-                    f"{folder} is not the data that the run {self.path} was trained on: {name} {value} instead of "
-                    f"{mine.get(name)}; rows that are held out now may have been learnt before"
-                )
+        if different := other_split(mine, given):
+            raise InputError(
+                f"{folder} is another split of the log that the run {self.path} was trained on: {different}; rows that "
+                "are held out there may have been learnt"
+            )
+        if feature := other_vocabulary(mine, given):
+            raise InputError(
+                f"{folder} does not fit the run {self.path}: ids of feature {feature} are of another vocabulary than "
+                "those that it was trained on"
+            )
 
     @contextmanager
     def writer(self, step: int, is_first: bool, sinks: SinkConfig | None = None) -> Iterator[Write]:
@@ -161,32 +176,3 @@ class RunFolder:
                 yield write
         else:
             yield lambda kind, step, values: None
-
-
-def read_facts(path: Path) -> dict[str, Any]:
-    """Read what `data_facts` gave.
-
-    Raises:
-        InputError: the file holds something else.
-    """
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: cannot read which data the run was trained on ({error})") from None
-
-
-def data_facts(folder: Path) -> dict[str, Any]:
-    """What tells one prepared folder, and its split, from another: values are None where it has no manifest."""
-    try:
-        text = (folder / MANIFEST).read_bytes()
-        manifest = json.loads(text)
-    except (OSError, ValueError):
-        text, manifest = None, {}
-    config = manifest.get("config", {})
-    return {
-        "schema": Schema.load(folder).hash,
-        "manifest_sha256": hashlib.sha256(text).hexdigest() if text else None,
-        "split": config.get("split"),
-        "seed": config.get("seed"),
-        "rows": {name: split.get("num_rows") for name, split in manifest.get("splits", {}).items()},
-    }

@@ -88,7 +88,7 @@ class Trainer:
                         raise InputError(f"{config.out}: the run stopped at step {self.step}: {reason}; evaluate it")
             elif config.warm_start.path:
                 with on_all_alike():
-                    warm = warm_start(config.warm_start, self.task, self.optimizer)
+                    warm = warm_start(config.warm_start, self.task, self.optimizer, config.data)
                 if self.one_step.ema:
                     self.one_step.ema.restart()
                 if world.is_first:

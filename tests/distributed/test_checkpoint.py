@@ -340,7 +340,7 @@ def test_a_run_starts_warm_with_the_members_that_another_has(
     )
     trainer = Trainer(config, world)
     begin = {name: value.clone() for name, value in _whole_model(trainer).items()}
-    found = warm_start(config.warm_start, trainer.task, trainer.optimizer)
+    found = warm_start(config.warm_start, trainer.task, trainer.optimizer, trainer.config.data)
     now = _whole_model(trainer)
     expected = torch.load(_flat(source.out / "checkpoints" / "step-00000005"))
     assert any("dcnv2/" in name for name in found.loaded)
@@ -400,7 +400,7 @@ def test_names_are_mapped_at_once() -> None:
 def test_a_table_of_another_size_stays_fresh(source: TrainConfig, world: World) -> None:
     wider = dataclasses.replace(source, model=dataclasses.replace(source.model, embedding_dim=16))
     trainer = Trainer(wider, world)
-    found = warm_start(WarmStartConfig(path=source.out), trainer.task, trainer.optimizer)
+    found = warm_start(WarmStartConfig(path=source.out), trainer.task, trainer.optimizer, trainer.config.data)
     reason = next(why for name, why in found.fresh.items() if "dcnv2/C1." in name)
     assert re.fullmatch(r"of shape \[(\d+), 8\] there, \[\1, 16\] here", reason)
 
@@ -408,9 +408,9 @@ def test_a_table_of_another_size_stays_fresh(source: TrainConfig, world: World) 
 def test_a_warm_start_with_nothing_in_common_is_refused(source: TrainConfig, world: World, tmp_path: Path) -> None:
     trainer = Trainer(dataclasses.replace(source, members=("rankmixer",)), world)
     with pytest.raises(InputError, match="none of its tensors has name and shape of one of ours"):
-        warm_start(WarmStartConfig(path=source.out), trainer.task, trainer.optimizer)
+        warm_start(WarmStartConfig(path=source.out), trainer.task, trainer.optimizer, trainer.config.data)
     with pytest.raises(InputError, match="no whole checkpoint there"):
-        warm_start(WarmStartConfig(path=tmp_path), trainer.task, trainer.optimizer)
+        warm_start(WarmStartConfig(path=tmp_path), trainer.task, trainer.optimizer, trainer.config.data)
 
 
 def _whole_model(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -176,7 +176,7 @@ def test_a_run_does_not_go_on_with_other_data(run: TrainConfig, world: World, tm
     before = (tmp_path / "run" / "data.json").read_bytes()
     loop = dataclasses.replace(run.train, num_steps=21)
     again = dataclasses.replace(run, out=tmp_path / "run", data=tmp_path / "data", resume="auto", train=loop)
-    with pytest.raises(InputError, match=r"is not the data that the run .* was trained on: manifest_sha256"):
+    with pytest.raises(InputError, match=r"is not the data that the run .* was trained on: seed 77 instead of 2021"):
         Trainer(again, world).train()
     assert (tmp_path / "run" / "data.json").read_bytes() == before
     shutil.copy(run.data / "manifest.json", manifest)  # the same data elsewhere
@@ -213,7 +213,7 @@ def test_what_an_attempt_wrote_past_its_checkpoint_is_dropped(run: TrainConfig, 
     [
         ({"members": ("dcnv2",)}, "cannot go on with members"),
         ({"seed": 7}, "cannot go on with seed 7, the run has 0"),
-        ({"train": {"batch_size": 64, "num_steps": 99}}, "cannot go on with batch_size 64, the run has 128"),
+        ({"train": {"batch_size": 64, "num_steps": 99}}, "cannot go on with train.batch_size 64, the run has 128"),
         ({}, "has reached step 20 of 20"),
     ],
 )

@@ -1,9 +1,11 @@
 """Reading checkpoints: all of one, or members out of several."""
 
+import io
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -94,9 +96,26 @@ def load_averages(path: Path, averages: Ema, here: str = "", there: str = "") ->
         read_into(part, path)
 
 
+class CheckedReader(FileSystemReader):
+    """Reads tensors that are as torch.save wrote them: it notes checksums, which torch.load does not look at."""
+
+    def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
+        part = io.BytesIO(super()._slice_file(file, sinfo).read())
+        if zipfile.is_zipfile(part):
+            with zipfile.ZipFile(part) as archive:
+                if archive.testzip() is not None:
+                    raise ValueError(f"{sinfo.relative_path} has changed since it was written")
+        part.seek(0)
+        return part
+
+
+class CheckedFsspecReader(CheckedReader, FsspecReader):
+    """The same on an object store."""
+
+
 def reader(path: Path) -> FileSystemReader:
     """What reads a checkpoint on a disk or an object store."""
-    return FileSystemReader(str(path)) if is_local(path) else FsspecReader(str(path))
+    return CheckedReader(str(path)) if is_local(path) else CheckedFsspecReader(str(path))
 
 
 def names_in(path: Path) -> dict[str, tuple[int, ...]]:

@@ -10,11 +10,13 @@ from typing import Any
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from recsys.config import InputError, write_whole
+from recsys.embeddings.config import TABLE_SEPARATOR
 from recsys.training.checkpoint import folder as checkpoints
 from recsys.training.checkpoint.config import WarmStartConfig
 from recsys.training.checkpoint.load import names_in, read_into
 from recsys.training.checkpoint.state import put, state_of
 from recsys.training.optim import Optimizer
+from recsys.training.provenance import data_facts, read_facts
 from recsys.training.run import RunFolder
 
 
@@ -39,8 +41,16 @@ class WarmStart:
         return f"warm start from {self.source}: {len(self.loaded)} tensors loaded, {fresh}, {len(self.skipped)} skipped"
 
 
-def warm_start(config: WarmStartConfig, model: DistributedModelParallel, optimizer: Optimizer) -> WarmStart:
+def warm_start(config: WarmStartConfig, model: DistributedModelParallel, optimizer: Optimizer, data: Path) -> WarmStart:
     """Load what agrees in name and shape, whatever the plans and numbers of ranks.
+
+    Tables of features whose ids mean other values here than there stay fresh, as far as that is known.
+
+    Args:
+        config: where from, and what.
+        model: sharded.
+        optimizer: of the model.
+        data: prepared folder that it will be trained on.
 
     Raises:
         InputError: no whole checkpoint there, or none of its tensors is ours.
@@ -48,6 +58,7 @@ def warm_start(config: WarmStartConfig, model: DistributedModelParallel, optimiz
     assert config.path is not None, "the caller looks"
     path = found(config.path)
     shapes = names_in(path)
+    here, elsewhere = data_facts(data)["vocabulary"], _vocabulary(path)
     state = state_of(model, optimizer if config.optimizer else None)
     del state["step"]
     rounds: list[dict[str, Any]] = []  # several of ours may begin as one of theirs
@@ -59,6 +70,8 @@ def warm_start(config: WarmStartConfig, model: DistributedModelParallel, optimiz
             fresh[name] = "not in the checkpoint" if there == name else f"no {there} in the checkpoint"
         elif shapes[there] != shape:
             fresh[name] = f"of shape {list(shapes[there])} there, {list(shape)} here"
+        elif _mean_otherwise(here.get(_feature(name)), elsewhere.get(_feature(there))):
+            fresh[name] = f"ids of {_feature(name)} are of another vocabulary there"
         else:
             if all(there in part for part in rounds):
                 rounds.append({})
@@ -89,6 +102,22 @@ def found(path: Path) -> Path:
     if newest is None:
         raise InputError(f"--warm-start.path {path}: no whole checkpoint there; name one, or a run folder that has one")
     return newest
+
+
+def _vocabulary(checkpoint: Path) -> dict[str, str]:
+    """What the features' ids meant, where the run folder stands around the checkpoint."""
+    facts = checkpoint.parent.parent / "data.json"
+    return read_facts(facts).get("vocabulary", {}) if facts.exists() else {}
+
+
+def _feature(name: str) -> str:
+    """The feature whose table, or state of one, has this name; empty for other tensors."""
+    match = re.search(rf"{TABLE_SEPARATOR}(\w+)\.", name)
+    return match[1] if match else ""
+
+
+def _mean_otherwise(mine: str | None, theirs: str | None) -> bool:
+    return mine is not None and theirs is not None and mine != theirs
 
 
 def _tensors(state: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
