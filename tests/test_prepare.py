@@ -14,8 +14,7 @@ import pytest
 
 from recsys.cli import main
 from recsys.config import dump
-from recsys.data import ingest, prepare, raw
-from recsys.data import vocabulary as vocabularies
+from recsys.data import ingest, prepare, raw, remap
 from recsys.data.formats import FORMATS
 from recsys.data.schema import SPLITS, Schema
 from recsys.data.verify import verify
@@ -231,6 +230,7 @@ def test_the_manifest_tells_the_facts(tmp_path: Path, monkeypatch: pytest.Monkey
     assert manifest["config"] == {
         "format": "criteo_kaggle",
         "paths": [str(path)],
+        "like": None,
         "threshold": 3,
         "max_ids": [],
         "vocabulary": "count",
@@ -282,6 +282,20 @@ def test_however_a_log_comes_it_gives_the_same_data(tmp_path: Path, monkeypatch:
         assert data_files(tmp_path / f"{way}.out") == data_files(tmp_path / "expected"), way
 
 
+def test_a_csv_of_windows_gives_the_same_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = text(make_rows(120, fmt=SHOP), SHOP)
+    described = str(write(tmp_path / "shop.yaml", SHOP_YAML.encode()))
+    in_small_parts(monkeypatch, rows=50, chunk_bytes=700)
+    run(tmp_path / "expected", write(tmp_path / "log.csv", content), fmt=described)
+    for way, written in {
+        "CR LF": content.replace(b"\n", b"\r\n"),
+        "byte order mark": raw.BOM + content,
+        "both, gzip": packed(raw.BOM + content.replace(b"\n", b"\r\n")),
+    }.items():
+        run(tmp_path / f"{way}.out", write(tmp_path / way, written), fmt=described)
+        assert data_files(tmp_path / f"{way}.out") == data_files(tmp_path / "expected"), way
+
+
 def test_a_log_in_several_files_gives_the_same_rows(tmp_path: Path) -> None:
     rows = make_rows(120)
     run(tmp_path / "one", write(tmp_path / "log.tsv", text(rows)), split="time")
@@ -303,7 +317,7 @@ def test_neither_memory_nor_cores_nor_chunks_leave_a_trace(tmp_path: Path, monke
         (2, "1GiB", 1 << 40, 7777),  # so that 1000 values are all that fit
     ):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
-        monkeypatch.setattr(vocabularies, "BYTES_PER_ENTRY", bytes_per_key)
+        monkeypatch.setattr(remap, "BYTES_PER_ENTRY", bytes_per_key)
         monkeypatch.setattr(raw, "CHUNK_BYTES", chunk_bytes)
         run(out, *logs, memory=memory, threshold=1)
         made.append(all_files(out))

@@ -39,7 +39,7 @@ def no_space(*_: Any, **__: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [(ingest, "_save_part"), (vocabularies, "_write_remap"), (encode.pq, "write_table")]
+    ("module", "name"), [(ingest, "_save_part"), (vocabularies, "write_remap"), (encode.pq, "write_table")]
 )
 def test_a_full_disk_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys, module: Any, name: str
@@ -172,7 +172,7 @@ def test_two_processes_never_work_in_one_folder(
     ("options", "message"),
     [
         (["--integers", "log1"], "unknown rule --integers 'log1'; did you mean log1p or log3?"),
-        (["--split", "times"], "unknown --split 'times'; did you mean time?"),
+        (["--split", "times"], "unknown --split 'times'; did you mean time or test?"),
         (["--split", "hash:C27"], "--split hash:C27: no such column "),
         (["--threshold", "0"], "--threshold 0 must be at least 1 (1 keeps every value)"),
         (["--seed", "-1"], "--seed and --max-malformed must not be negative"),

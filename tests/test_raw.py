@@ -2,6 +2,7 @@
 
 import io
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,37 @@ def test_a_header_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert b"".join(chunk.content for chunk in chunks) == content.partition(b"\n")[2]
         assert sum(chunk.num_rows for chunk in chunks) == 20
         assert chunks[-1].offset == len(content)
-    crlf = content.replace(b"\n", b"\r\n", 1)
-    assert sum(chunk.num_rows for chunk in read_chunks(AVAZU, write(tmp_path / "log", crlf))) == 20
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 10, 1 << 20])
+def test_windows_lines_and_a_byte_order_mark_leave_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+) -> None:
+    monkeypatch.setattr(raw, "CHUNK_BYTES", chunk_bytes)
+    for fmt in (AVAZU, CRITEO):
+        content = text(make_rows(20, fmt=fmt), fmt)
+        expected = content.partition(b"\n")[2] if fmt.header else content
+        windows = content.replace(b"\n", b"\r\n")
+        for written in (
+            windows,
+            windows[:-1],
+            windows[:-2],
+            raw.BOM + content,
+            raw.BOM + windows,
+            content.replace(b"\n", b"\r\n", 1),  # the first line alone
+            packed(raw.BOM + windows),
+        ):
+            chunks = list(read_chunks(fmt, write(tmp_path / "log", written)))
+            assert b"".join(chunk.content for chunk in chunks) == expected
+            assert sum(chunk.num_rows for chunk in chunks) == 20
+            assert chunks[-1].offset == len(written)
+
+
+def test_one_windows_line_among_others_stays_as_it_is(tmp_path: Path) -> None:
+    first, second, *rest = text(make_rows(5)).splitlines(keepends=True)
+    content = b"".join([first, second.replace(b"\n", b"\r\n"), raw.BOM, *rest])
+    (chunk,) = read_chunks(CRITEO, write(tmp_path / "log", content))
+    assert chunk.content == content
 
 
 def test_a_header_alone_has_no_rows(tmp_path: Path) -> None:
@@ -104,7 +134,7 @@ def test_a_header_alone_has_no_rows(tmp_path: Path) -> None:
         (lambda header: header.replace("hour", "time"), "column 3 is 'time' instead of 'hour'"),
         (lambda header: header.removesuffix(",C21"), "23 columns instead of 24"),
         (lambda header: header + ",C22", "25 columns instead of 24"),
-        (lambda header: "\ufeff" + header, "column 1 is '\\ufeffid' instead of 'id'"),
+        (lambda header: "\ufeff\ufeff" + header, "column 1 is '\\ufeffid' instead of 'id'"),
         (lambda header: header.replace(",", "\t"), "column 1 is 'id\\tclick"),
         (lambda _: "1,0,14102100,1005", "column 1 is '1' instead of 'id'"),
     ],
@@ -145,6 +175,20 @@ def test_what_stands_before_a_break_is_yielded(tmp_path: Path, monkeypatch: pyte
         read = b"".join(pieces)
         assert len(read) > 1_000_000, problem
         assert problem == "corrupt " or (content * 2).startswith(read)
+
+
+def test_how_far_a_small_broken_file_was_read_is_told(tmp_path: Path) -> None:
+    content = b"".join(b"%d\n" % random.Random(i).getrandbits(256) for i in range(60_000))
+    whole = packed(content)
+    for broken in (whole[: len(whole) * 3 // 4], whole[:-8] + bytes(4) + whole[-4:]):
+        assert len(content) < raw.CHUNK_BYTES  # no block of it is read to its end
+        with pytest.raises(InputError) as told:
+            list(read_lines(write(tmp_path / "log", broken)))
+        found = re.search("past ([0-9,]+) bytes of text", str(told.value))
+        assert found
+        num_bytes = int(found[1].replace(",", ""))
+        assert len(content) * len(broken) / len(whole) - (2 << 20) < num_bytes <= len(content)
+        assert num_bytes > 1_000_000
 
 
 @pytest.mark.parametrize("problem", ["No such file or directory", "Is a directory"])

@@ -79,16 +79,19 @@ def estimate(config: PrepareConfig) -> Estimate:
             manifest = preparation.manifest
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
         data_bytes = _size(own.out.rglob("*"))
+    # A known vocabulary is as large for the sample as for the log.
+    known_bytes = sum(facts.bytes for facts in config.known.files.values()) if config.known else 0
+    took = preparation.timings["vocabulary"] if config.known else {"seconds": 0.0, "cpu_seconds": 0.0}
     return Estimate(
         sample_rows=manifest["num_rows"],
         num_rows=manifest["num_rows"] / share,
         raw_bytes=raw_bytes,
         work_bytes=preparation.work_bytes / share,
-        data_bytes=data_bytes / share,
+        data_bytes=(data_bytes - known_bytes) / share + known_bytes,
         free_bytes=shutil.disk_usage(_existing(place)).free,
         memory_bytes=config.memory_bytes,
-        cpu_seconds=cpu / share,
-        wall_seconds=wall / share,
+        cpu_seconds=(cpu - took["cpu_seconds"]) / share + took["cpu_seconds"],
+        wall_seconds=(wall - took["seconds"]) / share + took["seconds"],
     )
 
 

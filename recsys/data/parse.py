@@ -12,9 +12,7 @@ import pyarrow as pa
 
 from recsys.config import InputError
 from recsys.data.formats import DIGITS, DTYPES, Column, Kind, RawFormat
-from recsys.data.raw import count, fields_of
-
-_BOM = b"\xef\xbb\xbf"  # polars drops it from the first field of a chunk
+from recsys.data.raw import BOM, count, fields_of
 
 
 @dataclass(frozen=True)
@@ -58,10 +56,11 @@ def _parse_text(raw: RawFormat, lines: bytes) -> pl.DataFrame | None:
     """Parse columns of any kind: polars reads them as text where their type needs a closer look.
 
     A wrong number of fields is seen by counting separators: polars refuses rows that are too long, and only rows that
-    are too short make the total differ. Every number is held against its pattern.
+    are too short make the total differ. It drops byte order marks from the first field of a chunk. Every number is held
+    against its pattern.
     """
     num_rows = count(lines, "\n")
-    is_strange = b"\r" in lines or b"\0" in lines or lines.startswith(_BOM) or b"\n" + _BOM in lines
+    is_strange = b"\r" in lines or b"\0" in lines or lines.startswith(BOM) or b"\n" + BOM in lines
     if is_strange or _count_separators(raw, lines) != num_rows * (len(raw.columns) - 1):
         return None
     schema = dict.fromkeys((column.name for column in raw.columns), pl.String())
@@ -131,8 +130,9 @@ def _problem(raw: RawFormat, line: bytes) -> str | None:
         first = raw.columns[0].name
         return f"{len(fields)} fields instead of {len(raw.columns)} ({by} separated: {first}, then the columns)"
     if line.endswith(b"\r"):
-        return f"column {raw.columns[-1].name}: the line ends in CR LF; only LF is read (`dos2unix` mends it)"
-    if line.startswith(_BOM):
+        told = "only LF is read in a file whose first line ends in it (`dos2unix` mends it)"
+        return f"column {raw.columns[-1].name}: the line ends in CR LF; {told}"
+    if line.startswith(BOM):
         return f"column {raw.columns[0].name}: {_shown(fields[0])} begins with a byte order mark"
     problems = (_problem_of_field(raw, column, field) for column, field in zip(raw.columns, fields, strict=True))
     return next(filter(None, problems), None)

@@ -1,8 +1,8 @@
 """Prepare: raw click logs to Parquet and schema.json, in bounded memory, restartable at any point.
 
-Stages: ingest (by file), vocabulary (by column; not where ids are raw), encode (by part), verify. Each job of a stage
-leaves its results under their final names only when they are whole, and beside them a small file of facts; a job whose
-facts are there is done.
+Stages: ingest (by file), vocabulary (by column: counted, or another folder's; not where ids are raw), encode (by part),
+verify. Each job of a stage leaves its results under their final names only when they are whole, and beside them a small
+file of facts; a job whose facts are there is done.
 So the same command, run again after whatever ended it, goes on where it was, and ends with the same bytes. All of it
 happens in a folder beside `out` that takes its name only at the end: a prepared folder is always a whole one.
 """
@@ -25,8 +25,10 @@ from recsys.config import InputError, write_whole
 from recsys.data.encode import EncodeJob, encode, file_facts
 from recsys.data.engine import Kernel, run
 from recsys.data.ingest import MAX_EXAMPLES, IngestJob, PartOfLog, fingerprint, ingest, part_path, too_many
+from recsys.data.known import KnownJob, take_vocabulary
 from recsys.data.manifest import MANIFEST, TIMINGS
 from recsys.data.raw import check_readable
+from recsys.data.remap import ColumnJob
 from recsys.data.schema import RAW, SPLITS, Schema
 from recsys.data.settings import BASE_BYTES, INGEST_BYTES, PrepareConfig
 from recsys.data.split import intervals
@@ -146,13 +148,9 @@ class Preparation:
         """Of each part the rows at which validation and test begin, if the split is an interval of the log."""
         if self.rules.splits_early:
             return [None] * len(rows)
-        if self.rules.split == "file" and len(files) == 1:
-            raise InputError(
-                f"--split file needs two raw files at least, the last one being held out; it has {len(files)}"
-            )
         days: Counter[str] = Counter()
-        for path, file in zip(self.config.files, files, strict=True):
-            days[str(path.parent if "=" in path.parent.name else path)] += sum(p["num_rows"] for p in file["parts"])
+        for day, file in zip(self.config.days, files, strict=True):
+            days[day] += sum(p["num_rows"] for p in file["parts"])
         valid, test = intervals(self.rules.split, list(days.values()))
         starts = [0, *accumulate(rows)]
         return [
@@ -163,12 +161,18 @@ class Preparation:
     def _schema(self, parts: list[PartOfLog]) -> Schema:
         """Write the schema, for which every category's values need ids, unless they are ids themselves."""
         is_raw = self.config.vocabulary == "raw"
-        schema = Schema(
-            name=self.raw.name,
-            dense=self.rules.dense,
-            sparse=dict.fromkeys(self.rules.keys, RAW) if is_raw else self._vocabulary(parts),
-            labels=(self.raw.label,),
-            weight=self.rules.weight,
+        sparse = dict.fromkeys(self.rules.keys, RAW) if is_raw else self._vocabulary(parts)
+        known = self.config.known
+        schema = (
+            known.schema
+            if known
+            else Schema(
+                name=self.raw.name,
+                dense=self.rules.dense,
+                sparse=sparse,
+                labels=(self.raw.label,),
+                weight=self.rules.weight,
+            )
         )
         schema.save(self.data)
         return schema
@@ -177,27 +181,35 @@ class Preparation:
         """Give ids to the values of every category; returns how many each has, 0 included."""
         folder, out = self._stage_folder("vocabulary"), self.data / "vocabulary"
         out.mkdir(exist_ok=True)
-        caps, threshold = self.config.caps(self.raw), self.config.threshold or self.raw.threshold
-        workers = self._workers(VOCABULARY_BYTES)
-        jobs = [
-            VocabularyJob(
-                feature=feature,
-                weight=self.rules.weight,
-                parts=tuple(parts),
-                threshold=threshold,
-                max_ids=caps[feature],
-                hashed=self.config.vocabulary == "hash",
-                folder=folder,
-                out=out,
-                memory=(self.config.memory_bytes - BASE_BYTES) // workers,
-            )
-            for feature in self.rules.keys
-        ]
+        memory = (self.config.memory_bytes - BASE_BYTES) // self._workers(VOCABULARY_BYTES)
+        jobs, kernel = self._vocabulary_jobs({"parts": tuple(parts), "folder": folder, "out": out, "memory": memory})
         done = [self._facts(folder / f"{job.feature}.json") for job in jobs]
         with self._stage("vocabulary", total=len(jobs) * len(parts), unit="parts of columns") as advance:
             advance(len(parts) * sum(facts is not None for facts in done))
-            facts = self._run(make_vocabulary, jobs, done, advance, memory=VOCABULARY_BYTES)
+            facts = self._run(kernel, jobs, done, advance, memory=VOCABULARY_BYTES)
         return {each["feature"]: each["num_ids"] for each in facts}
+
+    def _vocabulary_jobs(self, common: dict[str, Any]) -> tuple[Sequence[ColumnJob], Kernel]:
+        """A job a category, with what all have in common, and what does them: values are counted, or known."""
+        if known := self.config.known:
+            folder = _absolute(known.folder) / "vocabulary"
+            return [
+                KnownJob(feature=feature, known=folder / f"{feature}.parquet", sha256=facts.sha256, **common)
+                for feature, facts in known.files.items()
+            ], take_vocabulary
+        caps, threshold = self.config.caps(self.raw), self.config.threshold or self.raw.threshold
+        is_hashed = self.config.vocabulary == "hash"
+        return [
+            VocabularyJob(
+                feature=feature,
+                weight=self.rules.weight,
+                threshold=threshold,
+                max_ids=caps[feature],
+                hashed=is_hashed,
+                **common,
+            )
+            for feature in self.rules.keys
+        ], make_vocabulary
 
     def _encode(self, parts: list[PartOfLog], schema: Schema) -> None:
         """Write every part's rows by split."""

@@ -20,6 +20,8 @@ PARQUET_BATCH_ROWS = 65_536
 MAX_LINE_BYTES = 32 << 20
 COUNTED_BYTES = 64 << 10
 GZIP_MAGIC = b"\x1f\x8b"
+BOM = b"\xef\xbb\xbf"
+"""UTF-8's byte order mark, which some programs put before the first line."""
 
 
 class Chunk(NamedTuple):
@@ -35,16 +37,24 @@ class Chunk(NamedTuple):
 def read_chunks(raw: RawFormat, path: Path) -> Iterator[Chunk]:
     """Yield a raw file's rows in order, a few megabytes at a time; headers are checked and left out.
 
+    Text whose first line ends in CR LF is read as if it ended its lines in LF.
+
     Raises:
         InputError: the file is missing, empty, truncated, corrupt, or its header is not the format's.
     """
     if raw.file == "parquet":
         yield from _read_parquet(raw, path)
         return
+    is_crlf = False
     for i, (lines, offset) in enumerate(read_lines(path)):
         body = lines
+        if i == 0:
+            body = body.removeprefix(BOM)
+            is_crlf = body[: body.index(b"\n")].endswith(b"\r")
+        if is_crlf:
+            body = body.replace(b"\r\n", b"\n")
         if raw.header and i == 0:
-            header, _, body = lines.partition(b"\n")
+            header, _, body = body.partition(b"\n")
             _check_header(raw, path, header)
         yield Chunk(body, count(body, "\n"), offset)
 
@@ -119,22 +129,22 @@ def _read_blocks(path: Path) -> Iterator[tuple[bytes, int]]:
 def _read_gzip(path: Path, file: Any) -> Iterator[tuple[bytes, int]]:
     from isal import igzip_threaded, isal_zlib  # noqa: PLC0415  (plain text does not need it)
 
-    num_bytes = 0
-    try:
-        with igzip_threaded.open(file, "rb") as unpacked:
+    with igzip_threaded.open(file, "rb") as unpacked:
+        try:
             while block := unpacked.read(CHUNK_BYTES):
-                num_bytes += len(block)
                 yield block, file.tell()
-    except EOFError:
-        raise InputError(
-            f"{path}: the gzip stream is truncated (it breaks off past {num_bytes:,} bytes of text)"
-        ) from None
-    except (OSError, isal_zlib.error) as error:  # type: ignore[misc]  # its stub gives an instance
-        raise InputError(f"{path}: the gzip stream is corrupt past {num_bytes:,} bytes of text ({error})") from None
+        except EOFError:
+            # A block that breaks off is lost, but counted.
+            raise InputError(
+                f"{path}: the gzip stream is truncated (it breaks off past {unpacked.raw.tell():,} bytes of text)"
+            ) from None
+        except (OSError, isal_zlib.error) as error:  # type: ignore[misc]  # its stub gives an instance
+            num_bytes = unpacked.raw.tell()
+            raise InputError(f"{path}: the gzip stream is corrupt past {num_bytes:,} bytes of text ({error})") from None
 
 
 def _check_header(raw: RawFormat, path: Path, header: bytes) -> None:
-    fields = fields_of(raw, header.removesuffix(b"\r")) or [header]
+    fields = fields_of(raw, header) or [header]
     found = [field.decode(errors="backslashreplace") for field in fields]
     expected = [column.name for column in raw.columns]
     if found != expected:

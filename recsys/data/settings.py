@@ -12,6 +12,7 @@ from tyro.conf import Positional
 from recsys.config import InputError, dump
 from recsys.data.formats import RawFormat, format_of, integer_rule
 from recsys.data.ingest import Rules
+from recsys.data.known import Known
 from recsys.data.schema import MAX_NUM_IDS
 from recsys.data.split import check_rule
 from recsys.place import Place, is_local
@@ -38,6 +39,9 @@ class PrepareConfig:
     shell's * gives them, are taken in the order of their numbers: day_2 before day_10."""
     out: Place
     """Folder to make, or the URL of one; it must not exist yet."""
+    like: Place | None = None
+    """Prepared folder whose ids this log is to have, so that what was trained on that predicts this: its vocabulary,
+    schema and rules of features are taken, nothing is counted, and a value that it does not know has id 0."""
     threshold: int | None = None
     """A value keeps an id of its own when it occurs at least this often in training rows; rarer ones share id 0. The
     format's own threshold when not given."""
@@ -55,8 +59,8 @@ class PrepareConfig:
     one row of weight for those with and one for those without click."""
     split: str | None = None
     """random (8:1:1), time (first 80 % train, next 10 % validate, last 10 % test), file (the last file, or the last
-    folder if they are called day=..., is halved into validation and test), or hash:COLUMN (8:1:1 of its values). The
-    format's own rule when not given."""
+    folder if they are called day=..., is halved into validation and test), hash:COLUMN (8:1:1 of its values), or test
+    (all rows). The format's own rule when not given; test with --like."""
     seed: int = 2021
     """Seed of the random and hash splits."""
     max_malformed: int = 0
@@ -74,7 +78,12 @@ class PrepareConfig:
         raw = self.raw
         if self.integers is not None:
             integer_rule(self.integers)
-        check_rule(self.split or raw.split, [c.name for c in raw.columns if c.kind not in ("unused", "float")])
+        split = self.rules(raw).split
+        check_rule(split, [c.name for c in raw.columns if c.kind not in ("unused", "float")])
+        if split == "test" and not self.like and self.vocabulary == "count":
+            raise InputError(
+                "--split test leaves no row to count values on; name the prepared folder that knows them by --like"
+            )
         if self.threshold is not None and self.threshold < 1:
             raise InputError(f"--threshold {self.threshold} must be at least 1 (1 keeps every value)")
         if self.seed < 0 or self.max_malformed < 0:
@@ -87,9 +96,18 @@ class PrepareConfig:
         doubled = [path for path, count in found.items() if count > 1]
         if doubled:
             raise InputError(f"{doubled[0]} is named twice")
+        # A path that is not here may be a folder of many where the job will run, see `recsys launch`.
+        if split == "file" and len(set(self.days)) == 1 and self.files[0].exists():
+            raise InputError(
+                f"--split file holds the last raw file out, or the last folder day=..., and trains on those before; "
+                f"{self.days[0]} is the only one (--split random or time divides it)"
+            )
         if not is_local(self.out) and self.work is None:
             raise InputError(f"--out {self.out} is no folder of this machine; name a local one for the work by --work")
-        self._check_caps(raw)
+        if self.known:
+            self._check_known(self.known)
+        else:
+            self._check_caps(raw)
         if self.memory_bytes < MIN_MEMORY:
             raise InputError(f"--memory {self.memory} is too little; {MIN_MEMORY >> 20}MiB are needed at least")
 
@@ -109,7 +127,7 @@ class PrepareConfig:
         for path in self.paths:
             inside = [path]
             if path.is_dir():
-                inside = [file for file in path.rglob("*") if _is_raw(file.relative_to(path))]
+                inside = [file for file in path.rglob("*") if _is_raw(file.relative_to(path)) and file.is_file()]
                 if not inside:
                     raise InputError(
                         f"{path}: no raw file in this folder (names that begin with . or _ or end in "
@@ -118,6 +136,27 @@ class PrepareConfig:
                 inside.sort(key=str)
             files += inside
         return tuple(sorted(files, key=_natural) if files == sorted(files, key=str) else files)
+
+    @property
+    def days(self) -> tuple[str, ...]:
+        """What the file rule holds out whole, of each raw file: its folder if that is called day=..., else itself."""
+        return tuple(str(path.parent if "=" in path.parent.name else path) for path in self.files)
+
+    @cached_property
+    def known(self) -> Known | None:
+        """The folder that `like` names."""
+        return Known.load(self.like, self.raw) if self.like else None
+
+    def _check_known(self, known: Known) -> None:
+        given = {
+            "--threshold": self.threshold is not None,
+            "--max-ids": self.max_ids,
+            "--vocabulary": self.vocabulary != "count",
+            "--integers": self.integers not in (None, known.settings.integers),
+            "--impressions": self.impressions not in ("feature", known.settings.impressions),
+        }
+        for name in filter(given.get, given):
+            raise InputError(f"{name} is that of {known.folder} with --like; leave it out")
 
     def _check_caps(self, raw: RawFormat) -> None:
         for name, given in (("--threshold", self.threshold is not None), ("--max-ids", self.max_ids)):
@@ -146,11 +185,12 @@ class PrepareConfig:
 
     def rules(self, raw: RawFormat) -> Rules:
         """The same for every file of the log."""
+        known = self.known.settings if self.known else None
         return Rules(
             raw=raw,
-            integers=self.integers or raw.integers,
-            impressions=self.impressions,
-            split=self.split or raw.split,
+            integers=known.integers if known else self.integers or raw.integers,
+            impressions=known.impressions if known else self.impressions,
+            split=self.split or ("test" if known else raw.split),
             seed=self.seed,
             max_malformed=self.max_malformed,
         )
@@ -176,7 +216,15 @@ class PrepareConfig:
         settings["raw_format"] = dump(raw)
         settings["paths"] = [str(path) for path in self.files]
         settings["threshold"] = self.threshold or raw.threshold
-        return settings | {"integers": rules.integers, "split": rules.split}
+        settings |= {"integers": rules.integers, "impressions": rules.impressions, "split": rules.split}
+        if self.known:
+            known = self.known.settings
+            settings |= {
+                "threshold": known.threshold,
+                "max_ids": list(known.max_ids),
+                "vocabulary_hash": self.known.hash,
+            }
+        return settings
 
 
 def _is_raw(name: Path) -> bool:

@@ -1,7 +1,7 @@
 """Split rules: which rows train, validate and test.
 
 Two kinds. What a row decides itself (random, hash:COLUMN) is known while it is parsed. What the whole log decides
-(time, file) is known once all rows are counted, and is an interval of rows.
+(time, file, test) is known once all rows are counted, and is an interval of rows.
 """
 
 import zlib
@@ -14,7 +14,7 @@ from recsys.data.schema import SPLITS
 
 TRAIN, VALID, TEST = range(len(SPLITS))
 TRAIN_SHARE, VALID_SHARE = 0.8, 0.1
-RULES = ("random", "time", "file", "hash:COLUMN")
+RULES = ("random", "time", "file", "hash:COLUMN", "test")
 
 
 def check_rule(rule: str, columns: Sequence[str]) -> None:
@@ -67,9 +67,11 @@ def intervals(rule: str, rows_of_files: Sequence[int]) -> tuple[int, int]:
     """Rows of the log at which validation and test begin, by a rule that the whole log decides.
 
     time: after 80 % and 90 % of the rows. file: the last file is halved into validation and test (days 0 to 22 of
-    Criteo Terabyte train; the first half of day 23, rounded up, is MLPerf's validation set).
+    Criteo Terabyte train; the first half of day 23, rounded up, is MLPerf's validation set). test: all rows test.
     """
     num_rows = sum(rows_of_files)
+    if rule == "test":
+        return 0, 0
     if rule == "file":
         last = rows_of_files[-1]
         return num_rows - last, num_rows - last // 2

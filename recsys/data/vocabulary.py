@@ -11,7 +11,6 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from glob import escape
 from itertools import pairwise
 from pathlib import Path
@@ -24,57 +23,26 @@ import pyarrow.parquet as pq
 
 from recsys.config import InputError, write_whole
 from recsys.data.ingest import SPLIT, PartOfLog, read_part
+from recsys.data.remap import ColumnJob, entries_of, write_remap
 from recsys.data.schema import MAX_NUM_IDS
 from recsys.data.split import TRAIN
 from recsys.place import whole
 
-BYTES_PER_ENTRY, COPIES_OF_KEY = 80, 4
-"""What a value takes while it is counted, merged, sorted and looked up, beside its own bytes, and how often those."""
 RUN_GROUP_ROWS = 65_536
 BLOCK_ROWS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class VocabularyJob:
-    """One category to give ids to."""
+class VocabularyJob(ColumnJob):
+    """One category to count."""
 
-    feature: str
-    parts: tuple[PartOfLog, ...]
     threshold: int
     max_ids: int | None
     """Cap of the ids, id 0 included: the most frequent values keep theirs."""
     hashed: bool
     """Give ids by value modulo `max_ids` instead: no counting, no vocabulary, collisions."""
-    folder: Path
-    """For the remap, and for what outgrows the memory."""
-    out: Path
-    """Folder of vocabularies."""
-    memory: int
-    """Bytes that the job may take."""
     weight: str | None = None
     """Column of weights; a row of weight 3 counts three times."""
-
-    @property
-    def remap(self) -> Path:
-        """Ids of all parts' dictionary entries, part after part, as raw little-endian int32."""
-        return self.folder / f"{self.feature}.remap"
-
-    @cached_property
-    def capacity(self) -> int:
-        """Keys that may be held at once."""
-        keys = read_part(self.parts[0].path, [self.feature]).column(0).dictionary
-        return max(self.memory // (BYTES_PER_ENTRY + COPIES_OF_KEY * keys.nbytes // len(keys)), 1000)
-
-    def batches(self) -> Iterator[tuple[int, int]]:
-        """Consecutive intervals of parts whose dictionaries fit together, at least one part each."""
-        first = held = 0
-        for i, part in enumerate(self.parts):
-            size = part.num_values[self.feature]
-            if held and held + size > self.capacity // 4:
-                yield first, i
-                first, held = i, 0
-            held += size
-        yield first, len(self.parts)
 
 
 class Interval(NamedTuple):
@@ -107,7 +75,7 @@ def make_vocabulary(job: VocabularyJob, advance: Callable[[int], None]) -> dict[
     if job.hashed:
         num_ids = job.max_ids or 0
         with whole(job.remap) as remap:
-            _write_remap(job, remap, lambda _, keys: keys.select("at", id=hash_ids(keys["key"], num_ids)))
+            write_remap(job, remap, lambda _, keys: keys.select("at", id=hash_ids(keys["key"], num_ids)))
         advance(len(job.parts))
     else:
         num_ids = _count_vocabulary(job, advance)
@@ -294,12 +262,12 @@ def _write_counted_remap(job: VocabularyJob, path: Path, intervals: Sequence[Int
 
     if len(intervals) == 1:
         ids = ids_of(intervals[0])
-        _write_remap(job, path, lambda _, keys: keys.join(ids, on="key"))
+        write_remap(job, path, lambda _, keys: keys.join(ids, on="key"))
         return
     scratch = intervals[0].kept.parent
     num_batches = 0
     for batch, (first, last) in enumerate(job.batches()):
-        keys = _entries(job, first, last).sort("key")
+        keys = entries_of(job, first, last).sort("key")
         edges = [0, *(keys["key"].search_sorted(interval.low) for interval in intervals[1:]), keys.height]
         for i, (begin, end) in enumerate(pairwise(edges)):
             keys[begin:end].write_parquet(scratch / f"{i}.{batch}.entries.parquet", compression="lz4")
@@ -311,32 +279,10 @@ def _write_counted_remap(job: VocabularyJob, path: Path, intervals: Sequence[Int
             found = pl.read_parquet(entries).join(ids, on="key").select("at", "id")
             found.write_parquet(scratch / f"{batch}.{i}.ids.parquet", compression="lz4")
             entries.unlink()
-    _write_remap(
+    write_remap(
         job,
         path,
         lambda batch, _: pl.concat(
             pl.read_parquet(scratch / f"{batch}.{i}.ids.parquet", memory_map=False) for i in range(len(intervals))
         ),
     )
-
-
-def _write_remap(job: VocabularyJob, path: Path, look_up: Callable[[int, pl.DataFrame], pl.DataFrame]) -> None:
-    """Write ids of dictionary entries where `look_up` finds any, and 0 elsewhere.
-
-    `look_up` takes the number of a batch and a frame of key and at (the place in the batch), and returns one of at and
-    id.
-    """
-    with path.open("wb") as file:
-        for batch, (first, last) in enumerate(job.batches()):
-            found = look_up(batch, _entries(job, first, last))
-            ids = np.zeros(sum(part.num_values[job.feature] for part in job.parts[first:last]), dtype="<i4")
-            ids[found["at"].to_numpy()] = found["id"].to_numpy()
-            file.write(ids.data)  # `tofile` says nothing of a full disk
-
-
-def _entries(job: VocabularyJob, first: int, last: int) -> pl.DataFrame:
-    """Dictionary entries of some parts but null: key, and at, their place among them all."""
-    keys = [
-        pl.Series("key", read_part(part.path, [job.feature]).column(0).dictionary) for part in job.parts[first:last]
-    ]
-    return pl.concat(keys).to_frame("key").with_row_index("at").filter(pl.col("key").is_not_null())

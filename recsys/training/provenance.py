@@ -9,7 +9,6 @@ from recsys.config import InputError
 from recsys.data.manifest import MANIFEST
 from recsys.data.schema import Schema
 
-
 FACTS = ("schema", "split", "seed", "rows", "vocabulary", "log", "manifest_sha256")
 """What is known of data; what says most comes first."""
 

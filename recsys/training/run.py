@@ -126,7 +126,7 @@ class RunFolder:
             if trained != given:
                 raise InputError(
                     f"the data does not fit the run {self.path}: feature {feature} has {given or 'no'} ids, "
-                    f"the model {trained or 'no'}; evaluate on the data that it was trained on"
+                    f"the model {trained or 'no'}; prepare it by --like the data that it was trained on"
                 )
         raise InputError(f"the data does not fit the run {self.path}: other dense columns or labels")
 
@@ -158,8 +158,8 @@ class RunFolder:
             )
         if feature := other_vocabulary(mine, given):
             raise InputError(
-                f"{folder} does not fit the run {self.path}: ids of feature {feature} are of another vocabulary than "
-                "those that it was trained on"
+                f"{folder} does not fit the run {self.path}: ids of feature {feature} are of another vocabulary; "
+                "prepare it by --like the data that the run was trained on"
             )
 
     @contextmanager

@@ -54,9 +54,7 @@ def open_run(run: Path, data: Path | None = None) -> None:
 
 
 def test_another_split_of_the_same_log_is_refused(config: TrainConfig, log: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"another split of the log .*: seed 7 instead of 2021; rows that are"
-    ):
+    with pytest.raises(InputError, match=r"another split of the log .*: seed 7 instead of 2021; rows that are"):
         open_run(config.out, prepare_log(log, tmp_path / "data", seed=7))
     open_run(config.out, prepare_log(log, tmp_path / "again"))
 
@@ -68,7 +66,7 @@ def test_ids_of_another_vocabulary_are_refused(config: TrainConfig, tmp_path: Pa
     assert data_facts(data)["schema"] == data_facts(config.data)["schema"]
     changed = difference(data_facts(config.data), data_facts(data))
     assert changed is not None
-    with pytest.raises(InputError, match=r"ids of feature C\d+ are of another vocabulary than those"):
+    with pytest.raises(InputError, match=r"ids of feature C\d+ are of another vocabulary; prepare it by --like"):
         open_run(config.out, data)
 
 
@@ -87,13 +85,14 @@ def test_tables_of_another_vocabulary_stay_fresh(config: TrainConfig, tmp_path: 
     assert len(found.fresh) == len(others)
 
 
-def test_other_rows_under_the_same_vocabulary_are_welcome(config: TrainConfig, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(config.data, data)
-    manifest = json.loads((data / "manifest.json").read_text())
-    manifest["num_rows"] += 1
-    (data / "manifest.json").write_text(json.dumps(manifest))
-    open_run(config.out, data)
+def test_another_log_is_predicted_by_the_ids_of_the_first(config: TrainConfig, tmp_path: Path) -> None:
+    other, data = tmp_path / "other.tsv", tmp_path / "data"
+    synthesize(SynthConfig(out=other, num_rows=500, num_ids=4, seed=5))
+    prepare(PrepareConfig(format="criteo_kaggle", paths=(other,), out=data, like=config.data))
+    with process_group() as world:
+        predictions = Predictor(config.out, world, data=data).predict("test")
+    assert predictions is not None
+    assert len(predictions.logits_NM) == 500
 
 
 def test_a_run_that_knew_less_of_its_data_is_opened(config: TrainConfig, tmp_path: Path) -> None:
