@@ -18,6 +18,7 @@ from recsys.backbones import BACKBONES
 from recsys.config import InputError, dump, load, nearest
 from recsys.embeddings.config import EmbeddingConfig
 from recsys.embeddings.precision import Precision
+from recsys.own_code import find_backbone
 
 # Between the seeds of members of one backbone, so that jobs of seed 0, 1, 2, ... have no member in common.
 SEED_STRIDE = 1000
@@ -87,7 +88,10 @@ class MemberSpec:
     """Learning rates, where they are not the job's."""
 
 
-_MEMBER = re.compile(r"(?P<backbone>\w+)(?:\*(?P<count>[1-9]\d*))?(?P<options>:.*)?", re.ASCII)
+# A path has a dot or a slash before its colon, or a capital after it. Options, which begin with a colon too, have a =
+# there, which no path can have.
+_PATH = r"\w*[./][\w./]*:\w+|\w+:[A-Z]\w*"
+_MEMBER = re.compile(rf"(?P<backbone>{_PATH}|\w+)(?:\*(?P<count>[1-9]\d*))?(?P<options>:.*)?", re.ASCII)
 FILE_COLUMNS = ("row", "label", "weight")
 """Columns of a file of predictions beside the members'."""
 RESERVED = ("merged", "shared", *FILE_COLUMNS)
@@ -120,6 +124,9 @@ def parse_members(
 ) -> tuple[MemberSpec, ...]:
     """Read members: `NAME`, `NAME*COUNT`, each with options `:KEY=VALUE,KEY=VALUE`.
 
+    NAME is one of BACKBONES, or `package.module:Class`, a Backbone of the user's own, whose members have the class's
+    name in lower case and whose sizes begin as its Config has them.
+
     The first member of a backbone gets `seed`, its next ones seed + 1000, ...; those with a seed or a name of their own
     are not counted for it. So what a member is called and draws does not depend on members of other backbones. Options
     are `name`, `seed`, `dense_lr`, `table_lr`, `width` and `depth` (rungs of the backbone's ladder), the backbone's own
@@ -137,14 +144,14 @@ def parse_members(
         if not match:
             raise InputError(
                 f"member {text!r} is neither NAME nor NAME*COUNT, like dcnv2 or dcnv2*4, with options like "
-                "dcnv2:width=2,dense_lr=3e-4"
+                "dcnv2:width=2,dense_lr=3e-4, nor a class of your own, package.module:Class"
             )
         backbone = match["backbone"]
-        if backbone not in BACKBONES:
-            raise InputError(f"unknown backbone {backbone!r}; {nearest(backbone, BACKBONES)}")
-        own, of_model, sizes = _options(match["options"] or "", text, model, getattr(backbones, backbone))
+        usual = _usual_sizes(backbone, text, backbones)
+        own, of_model, sizes = _options(match["options"] or "", text, model, usual)
+        kind = backbone.rpartition(":")[2].lower()
         for index in range(int(match["count"] or 1)):
-            name = _numbered(own.name or backbone, index if own.name else names[backbone])
+            name = _numbered(own.name or kind, index if own.name else names[backbone])
             first = seed if own.seed is None else own.seed
             names[backbone] += own.name is None
             number = seeds[backbone] if own.seed is None else index
@@ -164,6 +171,23 @@ def parse_members(
     return tuple(members)
 
 
+def _usual_sizes(backbone: str, text: str, backbones: BackboneConfigs) -> Any:
+    """The config of a backbone where a member has no options of its own."""
+    if backbone in BACKBONES:
+        return getattr(backbones, backbone)
+    if ":" not in backbone:
+        raise InputError(f"unknown backbone {backbone!r}; {nearest(backbone, BACKBONES)} (or package.module:Class)")
+    sizes = find_backbone(backbone, f"member {text!r}").Config()
+    of_members = {field.name for kind in (_Own, ModelConfig) for field in dataclasses.fields(kind)}
+    taken = [field.name for field in dataclasses.fields(sizes) if field.name in of_members]
+    if taken:
+        raise InputError(
+            f"member {text!r}: {type(sizes).__name__} has a field {taken[0]!r}, which is an option of every member; "
+            "give it another name"
+        )
+    return sizes
+
+
 def _numbered(name: str, index: int) -> str:
     return name if index == 0 else f"{name}_{index + 1}"
 
@@ -173,12 +197,17 @@ def _check(members: list[MemberSpec]) -> None:
         raise InputError(f"no member named; known backbones are {', '.join(BACKBONES)}")
     names = Counter(member.name for member in members)
     for member in members:
-        is_word = re.fullmatch(r"\w+", member.name, re.ASCII) and not hasattr(nn.ModuleDict, member.name)
-        if names[member.name] > 1 or member.name in RESERVED or not is_word:
-            raise InputError(
-                f"member name {member.name!r} cannot be: names are words, each taken once, and none of "
-                f"{', '.join(RESERVED)} or of a torch module's attributes"
-            )
+        why = ""
+        if names[member.name] > 1:
+            why = f"{names[member.name]} members have it; give one another, as in {member.backbone}:name=other"
+        elif member.name in RESERVED:
+            why = f"predictions have {', '.join(RESERVED)} beside the members"
+        elif not re.fullmatch(r"\w+", member.name, re.ASCII):
+            why = "a name is a word of letters, digits and underscores"
+        elif hasattr(nn.ModuleDict, member.name):
+            why = "it is an attribute of torch's modules"
+        if why:
+            raise InputError(f"member name {member.name!r} cannot be: {why}")
     for one, other in itertools.combinations(members, 2):
         if replace(one, name="") == replace(other, name=""):
             raise InputError(
@@ -200,7 +229,7 @@ def _check_shared(members: list[MemberSpec]) -> None:
 
 
 def _options(text: str, where: str, model: ModelConfig, sizes: Any) -> tuple[_Own, ModelConfig, Any]:
-    """Read what follows a member's colon, over its defaults."""
+    """Read what follows the colon of a member's options, over its defaults."""
     parts: tuple[Any, ...] = (_Own(), model, sizes)
     hints = [typing.get_type_hints(type(part)) for part in parts]
     known = {key for hint in hints for key in hint} - set(OF_THE_JOB)
@@ -242,7 +271,7 @@ def describe_member(spec: MemberSpec, model: ModelConfig, backbones: BackboneCon
     """Write a member as a text that `parse_members` reads back, beside a job's own `model` and `backbones`."""
     options: dict[str, Any] = {"name": spec.name, "seed": spec.seed}
     options |= {key: getattr(spec, key) for key in ("dense_lr", "table_lr") if getattr(spec, key) is not None}
-    for now, usual in ((spec.model, model), (spec.sizes, getattr(backbones, spec.backbone))):
+    for now, usual in ((spec.model, model), (spec.sizes, _usual_sizes(spec.backbone, spec.name, backbones))):
         fields = (field.name for field in dataclasses.fields(now))
         options |= {key: getattr(now, key) for key in fields if getattr(now, key) != getattr(usual, key)}
     for key in ("batched", "compile"):  # how members are computed, not what they are

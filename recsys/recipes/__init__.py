@@ -1,13 +1,13 @@
 """Recipes: functions that return a complete TrainConfig."""
 
-import importlib
-import sys
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from recsys.config import InputError, load_file, nearest
 from recsys.members import ModelConfig
+from recsys.own_code import blamed_on_its_line, find_own, place_of
 from recsys.recipes.mlperf import mlperf_dlrm_dcnv2
 from recsys.recipes.paper import avazu_paper, criteo_paper, kdd12_paper
 from recsys.training.config import LoopConfig, TrainConfig
@@ -53,16 +53,23 @@ def find_recipe(name: str) -> TrainConfig:
     if name.endswith((".json", ".yaml", ".yml")):
         return load_file(TrainConfig, Path(name))
     if ":" in name:
-        module, function = name.split(":", maxsplit=1)
-        sys.path.insert(0, str(Path.cwd()))
-        try:
-            make = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
-            raise InputError(f"recipe {name!r}: {error}") from None
-        config = make()
-        if not isinstance(config, TrainConfig):
-            raise InputError(f"recipe {name!r} returns {type(config).__name__} instead of TrainConfig")
-        return config
+        return _own_recipe(name)
     raise InputError(
         f"unknown recipe {name!r}; {nearest(name, RECIPES)} (or a config file, or package.module:function)"
     )
+
+
+def _own_recipe(name: str) -> TrainConfig:
+    where = f"recipe {name!r}"
+    make = find_own(name, where)
+    if not callable(make):
+        raise InputError(f"{where} is {type(make).__name__}, not a function that returns a TrainConfig")
+    try:
+        inspect.signature(make).bind()
+    except TypeError as error:
+        raise InputError(f"{where}: {place_of(make)}: {error}; a recipe is called without arguments") from None
+    with blamed_on_its_line(where):
+        config = make()
+    if not isinstance(config, TrainConfig):
+        raise InputError(f"{where}: {place_of(make)}: returns {type(config).__name__} instead of TrainConfig")
+    return config
