@@ -2,11 +2,11 @@
 
 import os
 import signal
-import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Literal, TypeVar
 
@@ -17,7 +17,11 @@ from recsys.distributed import World
 
 Ask = Literal["stop", "failed", "save", "validate"]
 ASKS: tuple[Ask, ...] = ("stop", "failed", "save", "validate")
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SECOND_AFTER_S = 1.0
+"""A SIGINT this long after the first is another Ctrl-C; before, it is the same one that came twice, as from timeout."""
+STDERR = 2
+SHOW_CURSOR = "\x1b[?25h"
 
 T = TypeVar("T")
 
@@ -46,6 +50,7 @@ class Control:
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._timer: threading.Timer | None = None
         self.signal: int | None = None
+        self._interrupted_at: float | None = None
 
     def ask(self, what: Ask) -> None:
         """Ask all ranks for something; any thread, or a signal's handler, may call it."""
@@ -70,9 +75,13 @@ class Control:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGTERM and SIGUSR1 as the wish to save and stop, where this is the main thread, which alone can."""
+        """Take SIGTERM, SIGUSR1 and SIGINT as the wish to save and stop, in the main thread, which alone can.
+
+        A second SIGINT ends the process at once. Jobs in the background of a shell ignore SIGINT, and still do.
+        """
         is_main = threading.current_thread() is threading.main_thread()
-        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS} if is_main else {}
+        taken = SIGNALS if signal.getsignal(signal.SIGINT) != signal.SIG_IGN else SIGNALS[:-1]
+        before = {number: signal.signal(number, self._on_signal) for number in taken} if is_main else {}
         try:
             yield
         finally:
@@ -101,17 +110,33 @@ class Control:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = number
-            self._timer = threading.Timer(self._grace_s, self._end, [number])
+            late = f"not saved within {self._grace_s:g} s of"
+            self._timer = threading.Timer(self._grace_s, self._end, [number, late])
             self._timer.daemon = True
             self._timer.start()
+        if number == signal.SIGINT:
+            self._on_interrupt()
         self.ask("stop")
 
-    def _end(self, number: int) -> None:
-        name = signal.Signals(number).name
-        print(  # noqa: T201
-            f"recsys: rank {self._world.rank}: not saved within {self._grace_s:g} s of {name}; the newest whole "
-            "checkpoint is as it was",
-            file=sys.stderr,
-            flush=True,
+    def _on_interrupt(self) -> None:
+        now = time.monotonic()
+        if self._interrupted_at is None:
+            self._interrupted_at = now
+            if self._world.is_first:
+                _tell("\nrecsys: stops after this step, and saves; a second Ctrl-C ends at once\n")
+        elif now - self._interrupted_at > SECOND_AFTER_S:
+            self._end(signal.SIGINT, "not saved before a second")
+
+    def _end(self, number: int, why: str) -> None:
+        shown = SHOW_CURSOR if os.isatty(STDERR) else ""  # the bar of `progress` hides it
+        _tell(
+            f"{shown}recsys: rank {self._world.rank}: {why} {signal.Signals(number).name}; the newest whole checkpoint "
+            "is as it was\n"
         )
         os._exit(128 + number)
+
+
+def _tell(text: str) -> None:
+    """Write to stderr, also where a signal has interrupted a print."""
+    with suppress(OSError):  # Ctrl-C ends the `tee` that reads it too, and what is trained is to be saved all the same
+        os.write(STDERR, text.encode())

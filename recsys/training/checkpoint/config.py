@@ -27,7 +27,8 @@ class CheckpointConfig:
     keep_every_hours: float | None = None
     """Keep one from each stretch of this many hours, beside those."""
     grace_s: float = 25.0
-    """Seconds from a SIGTERM or SIGUSR1 to the end of the process, saved or not; torchrun kills its ranks after 30."""
+    """Seconds from a SIGTERM, SIGUSR1 or SIGINT to the end of the process, saved or not; torchrun kills its ranks after
+    30."""
 
     def __post_init__(self) -> None:
         for name, least in (("keep_last", 1), ("keep_best", 0)):
