@@ -19,6 +19,7 @@ from recsys.studies.sweep import search, trial
 from recsys.studies.sweep.config import SweepConfig
 from recsys.studies.sweep.search import sweep
 from recsys.training.config import TrainConfig
+from tests.prepared_folder import SCHEMA
 
 ROOT = Path(__file__).parents[1]
 # Stands for `recsys train CONFIG`: its NE falls from 1 to the seed's tenth in `num_steps` validations.
@@ -52,6 +53,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     stand_in = tmp_path / "train.py"
     stand_in.write_text(STAND_IN)
     (tmp_path / "pause.json").write_text("0")
+    SCHEMA.save(tmp_path)
     monkeypatch.setattr(trial, "_command", lambda _, path: [sys.executable, str(stand_in), str(path)])
     monkeypatch.setattr(trial, "POLL_S", 0.02)
     base = synthetic()
@@ -135,6 +137,51 @@ def test_a_trial_that_ends_in_nan_has_failed_and_is_made_once(recipe: TrainConfi
     assert first["validations"]["3"] is None
     with pytest.raises(InputError, match="no trial came to its end; the last: ne is nan at its end"):
         sweep(made(tmp_path / "other", grid=("seed=99",)), recipe)
+
+
+def test_what_failed_is_tried_again_at_the_next_start(
+    recipe: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = made(tmp_path / "sweep", grid=("seed=5,99,4",))
+    assert [record.state for record in sweep(config, recipe).records] == ["complete", "failed", "complete"]
+    (tmp_path / "train.py").write_text("import sys; sys.exit('recsys: no room on the disk')")
+    with pytest.raises(InputError, match=r"no trial came to its end; the last: exit 1: recsys: no room on the disk"):
+        sweep(made(tmp_path / "other", grid=("seed=5,99",)), recipe)
+    (tmp_path / "train.py").write_text("import sys; print('Killed as it began'); sys.exit(9)")
+    with pytest.raises(InputError, match=r"no trial came to its end; the last: exit 9: Killed as it began; see \S+$"):
+        sweep(made(tmp_path / "other", grid=("seed=5,99",)), recipe)
+    assert capsys.readouterr().err.count("sweep: tries again what failed: seed=") == 2
+    (tmp_path / "train.py").write_text(STAND_IN)
+    found = sweep(made(tmp_path / "other", grid=("seed=5,99",)), recipe)
+    assert [(record.name, record.state) for record in found.records] == [("0000", "complete"), ("0001", "failed")]
+    # What was trained to its end is not: neither the complete nor those that ended in NaN.
+    assert sweep(made(tmp_path / "other", grid=("seed=5,99",)), recipe).records == found.records
+    assert len(sweep(config, recipe).records) == 3
+    starts = [path.read_text() for name in ("sweep", "other") for path in tmp_path.glob(f"{name}/trials/*/starts")]
+    assert starts == ["x"] * 5
+
+
+def test_drawn_values_that_failed_are_tried_again(recipe: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "pause.json").unlink()
+    config = SweepConfig(out=tmp_path / "s", space=("optimizer.dense_lr=log(1e-4,1e-2)",), trials=2)
+    with pytest.raises(InputError, match="no trial came to its end"):
+        sweep(config, recipe)
+    drawn = [json.loads(path.read_text())["optimizer"] for path in sorted((config.out / "trials").glob("*.json"))]
+    (tmp_path / "pause.json").write_text("0")
+    found = sweep(config, recipe)
+    assert [record.values["optimizer.dense_lr"] for record in found.records] == [one["dense_lr"] for one in drawn]
+    assert [record.state for record in found.records] == ["complete"] * 2
+
+
+def test_data_that_cannot_be_opened_are_refused_before_the_first_trial(recipe: TrainConfig, tmp_path: Path) -> None:
+    grid = made(tmp_path / "sweep", grid=(f"data={tmp_path},{tmp_path}/nope",))
+    for config, base in (
+        (grid, recipe),
+        (made(tmp_path / "sweep"), dataclasses.replace(recipe, data=tmp_path / "nope")),
+    ):
+        with pytest.raises(InputError, match="nope"):
+            sweep(config, base)
+        assert not config.out.exists()
 
 
 def test_trials_with_one_folder_for_checkpoints_are_refused(recipe: TrainConfig, tmp_path: Path) -> None:

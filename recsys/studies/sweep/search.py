@@ -20,6 +20,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from recsys.config import InputError, dump, load_file, write_whole
+from recsys.data.schema import Schema
 from recsys.studies.running import steps_of
 from recsys.studies.sweep.config import SweepConfig
 from recsys.studies.sweep.report import Record, show, write_report
@@ -30,8 +31,9 @@ from recsys.training.sinks import finite
 
 TRIALS = 20
 """Of random and tpe, where the user says nothing."""
-FOLDER, PROBLEM, SECONDS = "folder", "problem", "seconds"
-"""What is noted of a trial beside what Optuna keeps. Attempts at one trial have the same folder."""
+FOLDER, PROBLEM, SECONDS, TRAINED = "folder", "problem", "seconds", "trained"
+"""What is noted of a trial beside what Optuna keeps: TRAINED where one that failed was trained to its end, and would
+fail again. Attempts at one trial have the same folder."""
 # What may change when a sweep goes on: how many trials, and how long one that is stopped may take.
 MAY_CHANGE = {"out", "trials", "grace_s", "ranks"}
 
@@ -52,8 +54,8 @@ def sweep(config: SweepConfig, recipe: TrainConfig) -> Swept:
     """Make all trials that are not made yet, and report.
 
     Raises:
-        InputError: an unknown field, values that cannot be, one folder for all checkpoints, another sweep in the
-            folder, or no trial that came to its end.
+        InputError: an unknown field, values that cannot be, data that cannot be opened, one folder for all
+            checkpoints, another sweep in the folder, or no trial that came to its end.
     """
     if recipe.checkpoints.folder is not None:
         raise InputError(
@@ -62,12 +64,12 @@ def sweep(config: SweepConfig, recipe: TrainConfig) -> Swept:
         )
     space = read_space(config)
     combinations = list(_combinations(space)) if config.sampler == "grid" else []
-    for values in combinations:  # told now, and not after hours
-        applied(recipe, values)
+    _check([applied(recipe, values) for values in combinations] or [recipe])  # told now, and not after hours
     number = len(combinations) or config.trials or TRIALS
     _take_folder(config, recipe)
     study = _study(config)
     _give_up(study)
+    _try_again(study)
     started, done_before = time.perf_counter(), len(_finished(study))
     while len(finished := _finished(study)) < number:
         trial = _next(study, space, combinations)
@@ -88,6 +90,13 @@ def sweep(config: SweepConfig, recipe: TrainConfig) -> Swept:
     show(config, records)
     print(f"{page}\nrecsys train {path}")  # noqa: T201  (what the verb is asked for)
     return Swept(records, best, page, path)
+
+
+def _check(trials: list[TrainConfig]) -> None:
+    """See that the data of every trial can be opened."""
+    for train in {(train.data, train.train, train.loader): train for train in trials}.values():
+        Schema.load(train.data)
+        steps_of(train, train.data)
 
 
 def _take_folder(config: SweepConfig, recipe: TrainConfig) -> None:
@@ -151,15 +160,23 @@ def _give_up(study: Study) -> None:
             study.enqueue_trial(trial.params, user_attrs={FOLDER: trial.user_attrs[FOLDER]})
 
 
+def _try_again(study: Study) -> None:
+    """Put up again what failed in an earlier sweep, in the same folder: its reason may be gone."""
+    for folder, trial in _finished(study).items():
+        if trial.state == TrialState.FAIL and TRAINED not in trial.user_attrs:
+            _tell(f"sweep: tries again what failed: {described(trial.params)} ({trial.user_attrs[PROBLEM]})")
+            study.enqueue_trial(trial.params, user_attrs={FOLDER: folder})
+
+
 def _finished(study: Study) -> dict[str, FrozenTrial]:
     """Trials that are not to be made again, by folder, in the order of their folders."""
-    ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
-    found = {
-        trial.user_attrs[FOLDER]: trial
-        for trial in ended
-        if trial.state != TrialState.FAIL or PROBLEM in trial.user_attrs  # else it was interrupted
+    last = {trial.user_attrs[FOLDER]: trial for trial in study.get_trials(deepcopy=False) if FOLDER in trial.user_attrs}
+    return {
+        folder: trial
+        for folder, trial in sorted(last.items())
+        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+        or (trial.state == TrialState.FAIL and PROBLEM in trial.user_attrs)  # else it was interrupted
     }
-    return dict(sorted(found.items()))
 
 
 def _next(study: Study, space: Space, combinations: list[dict[str, str]]) -> Trial:
@@ -204,6 +221,7 @@ def _run(config: SweepConfig, recipe: TrainConfig, study: Study, trial: Trial) -
     if outcome.problem:
         return _fail(study, trial, values, outcome.problem, outcome.seconds)
     if not outcome.pruned and math.isnan(max(outcome.values.items())[1]):  # which Optuna takes for an interrupted one
+        trial.set_user_attr(TRAINED, True)
         return _fail(study, trial, values, f"{config.metric} is nan at its end", outcome.seconds)
     return f"{described(values)}: {_ended(config, study, trial, outcome)}"
 

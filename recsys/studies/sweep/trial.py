@@ -50,6 +50,7 @@ def run_trial(sweep: SweepConfig, train: TrainConfig, hopeless: Callable[[int, f
     # A trial that was interrupted has metrics already.
     validations = _Validations(train.out / "metrics.jsonl", sweep.metric)
     with log.open("ab") as file:
+        began = file.tell()  # an earlier attempt may have told why it failed
         process = _start(_command(sweep, path), file)
         try:
             pruned = _watch(process, validations, hopeless)
@@ -58,7 +59,7 @@ def run_trial(sweep: SweepConfig, train: TrainConfig, hopeless: Callable[[int, f
     validations.read()
     problem = None
     if not pruned and process.returncode:
-        problem = f"exit {process.returncode}: {_last_line(log)}; see {log}"
+        problem = f"exit {process.returncode}: {_last_line(log, began)}; see {log}"
     elif not pruned and not validations.values:
         problem = f"no validation of it in {validations.path}"
     return Outcome(validations.values, pruned, problem, time.perf_counter() - started)
@@ -119,7 +120,8 @@ def _stop(process: subprocess.Popen[bytes], grace_s: float) -> None:
             process.wait()
 
 
-def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+def _last_line(log: Path, began: int) -> str:
+    """The reason in what was written after the first `began` bytes."""
+    lines = [line for line in log.read_bytes()[began:].decode(errors="replace").splitlines() if line.strip()]
     own = [line for line in lines if "recsys: " in line]
     return " ".join((own or lines or ["it said nothing"])[-1].split())[:300]
