@@ -15,6 +15,7 @@ from recsys.config import InputError, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from recsys.metrics.click import ClickMetrics
     from recsys.metrics.groups import Grouped
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"recsys: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that may not be written
-        print(f"recsys: {error}", file=sys.stderr)
+        print(f"recsys: {f'{error.filename}: {error.strerror}' if error.filename else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -299,6 +300,7 @@ def _merge(arguments: list[str]) -> int:
 
     config = _parse(MergeConfig, "merge", arguments)
     if config.of_files:
+        _check_parquet(config.out)
         from recsys.studies.merge_files import merge_files
 
         _print_metrics(f"{config.out}", merge_files(config))
@@ -318,6 +320,7 @@ def _predict(arguments: list[str]) -> int:
     from recsys.training.request import PredictConfig
 
     config = _parse(PredictConfig, "predict", arguments)
+    _check_parquet(config.out)
     from recsys.distributed import process_group
     from recsys.training.answer import answer
 
@@ -330,6 +333,12 @@ def _predict(arguments: list[str]) -> int:
         if found.timing:
             print(", ".join(f"{name} {value}" for name, value in found.timing.items()))
     return 0
+
+
+def _check_parquet(out: "Path") -> None:
+    """See that a file of predictions is not called something else, which others would then take it for."""
+    if out.suffix not in ("", ".parquet"):
+        raise InputError(f"--out {out}: predictions are written as Parquet; call it {out.with_suffix('.parquet')}")
 
 
 def _report(arguments: list[str]) -> int:

@@ -4,13 +4,18 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+# A number that YAML 1.1, which wants a point in it and a sign after the e, reads as a text.
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 class InputError(ValueError):
@@ -49,11 +54,16 @@ def write_whole(path: Path, text: str) -> None:
         path.write_text(text)
         return
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # else the name may outlive a power cut without its text
-    partial.replace(path)
+    try:
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # else the name may outlive a power cut without its text
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def load(kind: type[T], values: Any, where: str = "config") -> T:
@@ -112,8 +122,10 @@ def _load_scalar(kind: Any, value: Any, where: str) -> Any:
             raise InputError(f"{where}: {value!r} is not one of {', '.join(map(repr, choices))}")
     elif kind is Path and type(value) is str:
         return _load_path(value, where)
-    elif kind is float and type(value) is int:
+    elif kind is float and (type(value) is int or (type(value) is str and _EXPONENT.fullmatch(value))):
         return float(value)
+    elif kind is float and str(value).lower() in ("nan", ".nan"):
+        raise InputError(f"{where}: {value} is no number")
     elif kind is not Any and type(value) is not kind:
         raise InputError(f"{where}: expected {getattr(kind, '__name__', kind)}, found {value!r}")
     return value

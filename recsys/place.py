@@ -42,6 +42,10 @@ def whole(path: Path) -> Iterator[Path]:
         with partial.open("rb") as file:
             os.fsync(file.fileno())  # else a name may outlive a power cut without what it names
         partial.rename(path)
+    except OSError as error:
+        if error.filename in (None, str(partial)):  # whose name says little
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

@@ -9,6 +9,8 @@ import pytest
 import recsys
 from recsys import cli
 from recsys.cli import main
+from recsys.config import InputError
+from recsys.training.config import LoopConfig
 
 
 def recsys_process(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -92,15 +94,32 @@ def test_an_unknown_option_exits_with_2(capsys: pytest.CaptureFixture[str]) -> N
         (["synthetic", "--members", "dcnv2*"], "member 'dcnv2*' is neither NAME nor NAME*COUNT"),
         (["synthetic", "--merge", "mean"], "unknown merge rule 'mean'; did you mean mean_logit"),
         (["synthetic", "--compression", "0.5"], "compression 0.5 must be a finite number of at least 1"),
-        (["synthetic", "--optimizer.dense-lr", "-1"], "dense_lr -1.0 must not be negative"),
-        (["no_such_module:make"], "recipe 'no_such_module:make': No module named 'no_such_module'"),
-        (["recsys.recipes:criteo"], "recipe 'recsys.recipes:criteo': module 'recsys.recipes' has no attribute"),
-        (["os:getcwd"], "recipe 'os:getcwd' returns str instead of TrainConfig"),
+        (["synthetic", "--optimizer.dense-lr", "-1"], "dense_lr -1.0 must be 0 or more"),
+        (["no_such_module:make"], "recipe 'no_such_module:make': no module 'no_such_module' in "),
+        (["recsys.recipes:criteo"], "recipe 'recsys.recipes:criteo': recsys/recipes/__init__.py has no 'criteo'; did"),
+        (["os:getcwd"], "recipe 'os:getcwd': <built-in function getcwd>: returns str instead of TrainConfig"),
         (["no_such.yaml"], "no_such.yaml: cannot read it (No such file or directory)"),
     ],
 )
 def test_train_names_what_is_wrong(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert error_line(capsys, "train", *arguments).startswith(message)
+
+
+@pytest.mark.parametrize("arguments", [["predict", "run"], ["merge", "one.parquet", "two.parquet"]])
+def test_predictions_are_not_called_csv(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in arguments[1:]:
+        Path(name).touch()
+    told = error_line(capsys, *arguments, "--out", "test/pred.csv")
+    assert told == "--out test/pred.csv: predictions are written as Parquet; call it test/pred.parquet"
+
+
+def test_more_parts_than_a_rank_has_rows_are_refused() -> None:
+    loop = LoopConfig(batch_size=512, accumulate=200)
+    with pytest.raises(InputError, match="accumulate 200: a rank has 128 rows of a batch of 512 on 4 ranks"):
+        loop.check_parts(4)
 
 
 def test_only_the_first_rank_of_a_job_tells(

@@ -63,6 +63,19 @@ def test_a_whole_number_is_a_float_where_one_is_wanted() -> None:
     assert (type(rate), rate) == (float, 2.0)
 
 
+@pytest.mark.parametrize("text", ["1e-3", "1.e-3", "+10E-4", ".1e-2", "1.0e-3", "1e-03"])
+def test_yaml_may_leave_the_point_out_of_a_number(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(f"out: x\ninner:\n  rate: {text}\n")
+    assert load_file(Outer, tmp_path / "config.yaml").inner.rate == 0.001
+
+
+@pytest.mark.parametrize("text", [".nan", "nan", ".NaN"])
+def test_yaml_numbers_that_are_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(f"out: x\ninner:\n  rate: {text}\n")
+    with pytest.raises(InputError, match=r"config\.yaml\.inner\.rate: \.?nan is no number$"):
+        load_file(Outer, tmp_path / "config.yaml")
+
+
 def test_fields_that_are_not_given_keep_their_defaults() -> None:
     assert load(Outer, {"out": "x", "inner": {"rate": 1.5}}) == Outer(out=Path("x"), inner=Inner(rate=1.5))
 
@@ -93,6 +106,11 @@ def test_json_and_yaml_files(tmp_path: Path, suffix: str) -> None:
         ({"sizes": {"C1": "3"}}, "config.sizes.C1: expected int, found '3'"),
         ({"sizes": {1: 3}}, "config.sizes, key 1: expected str, found 1"),
         ({"inner": {"rate": True}}, "config.inner.rate: expected float, found True"),
+        ({"inner": {"rate": "1.5"}}, "config.inner.rate: expected float, found '1.5'"),
+        ({"inner": {"rate": "1e"}}, "config.inner.rate: expected float, found '1e'"),
+        ({"inner": {"rate": "nan"}}, "config.inner.rate: nan is no number"),
+        ({"inner": {"rate": float("nan")}}, "config.inner.rate: nan is no number"),
+        ({"steps": "1e3"}, "config.steps: expected int, found '1e3'"),
         ({"inner": {"hidden": 3}}, "config.inner.hidden: expected a list, found 3"),
         ({"inner": {"hidden": [1, "2"]}}, "config.inner.hidden[1]: expected int, found '2'"),
         ({"inner": {"kind": "adamw"}}, "config.inner.kind: 'adamw' is not one of 'adam', 'sgd'"),

@@ -87,7 +87,7 @@ def test_tables_may_have_a_schedule_of_their_own() -> None:
 @pytest.mark.parametrize("value", [-1, math.nan])
 def test_negative_settings_are_named(name: str, value: float) -> None:
     fields: dict[str, Any] = {name: value}
-    with pytest.raises(ValueError, match=f"{name} {value} must not be negative"):
+    with pytest.raises(ValueError, match=f"{name} {value} must be 0 or more"):
         OptimizerConfig(**fields)
 
 

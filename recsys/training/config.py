@@ -3,9 +3,9 @@
 import dataclasses
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from recsys.config import InputError, nearest
+from recsys.config import InputError, dump, nearest
 from recsys.data.loader import LoaderConfig
 from recsys.members import BackboneConfigs, MemberSpec, ModelConfig, parse_members
 from recsys.merge.rules import NAMES
@@ -65,12 +65,27 @@ class LoopConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value} must be at least 1")
+        self.check_parts(1)
         for name in ("validate_every_minutes", "hang_timeout_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} {value} must be above 0")
         if self.target_auc is not None and not 0.5 < self.target_auc < 1:
             raise ValueError(f"target_auc {self.target_auc} must lie between 0.5 and 1")
+
+    def check_parts(self, num_ranks: int) -> None:
+        """See that every part of a rank's batch has rows.
+
+        Raises:
+            InputError: there are more parts than rows.
+        """
+        rows = self.batch_size // num_ranks
+        if self.accumulate > rows:
+            whose = f"of a batch of {self.batch_size:,}" + (f" on {num_ranks:,} ranks" if num_ranks > 1 else "")
+            raise InputError(
+                f"accumulate {self.accumulate}: a rank has {rows:,} rows {whose}; at most as many parts can be, so "
+                "lower --train.accumulate or raise --train.batch-size"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +98,7 @@ class TrainConfig:
     """Run folder to make."""
     members: tuple[str, ...] = ("dcnv2", "wukong", "rankmixer")
     """Backbones to train side by side and merge; NAME*COUNT takes that many seeds of one, and options may follow:
-    dcnv2:width=2,dense_lr=3e-4 (see the README)."""
+    dcnv2:width=2,dense_lr=3e-4 (see the README). package.module:Class is a backbone of your own."""
     seed: int = 0
     """Seed of all that is random in the members; the order of rows has one of its own."""
     loss: Literal["independent", "joint"] = "independent"
@@ -137,12 +152,22 @@ def check_same_job(before: TrainConfig, now: TrainConfig) -> None:
     """
     fields = {f.name: (getattr(before, f.name), getattr(now, f.name)) for f in dataclasses.fields(now)}
     fields = {name: values for name, values in fields.items() if name not in MAY_CHANGE}
-    fields["batch_size"] = (before.train.batch_size, now.train.batch_size)
+    fields["train.batch_size"] = (before.train.batch_size, now.train.batch_size)
     fields["model"] = (before.model, _alike(before.model, now.model))
     how = {name: getattr(before.loader, name) for name in ("workers", "on_corrupt")}
     fields["loader"] = (before.loader, replace(now.loader, **how))
-    for name, (old, new) in fields.items():
-        if old != new:
-            raise InputError(
-                f"{now.out}: cannot go on with {name} {new}, the run has {old}; name another --out to start a new run"
-            )
+    changes = [line for name, (old, new) in fields.items() for line in _differences(name, dump(old), dump(new))]
+    if changes:
+        raise InputError(f"{now.out}: cannot go on with {'; '.join(changes)}; name another --out to start a new run")
+
+
+def _differences(name: str, old: Any, new: Any) -> list[str]:
+    """The fields that differ, by their whole names, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys((*old, *new))
+        return [line for key in keys for line in _differences(f"{name}.{key}", old.get(key), new.get(key))]
+    return [] if old == new else [f"{name} {_shown(new)}, the run has {_shown(old)}"]
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from recsys.config import InputError, write_whole
 from recsys.data.schema import SPLITS
-from recsys.data.split import split_of
+from recsys.data.split import TEST, split_of
 from recsys.distributed import World
 from recsys.embeddings.config import served_dtype
 from recsys.embeddings.quantised import TableBytes
@@ -103,18 +103,24 @@ def bayes_optimal(truth: Path, data: Path, split: str, num_rows: int, num_clicks
         num_clicks: of them, those with label 1.
 
     Raises:
-        InputError: the truth of another log, or data that were not split by random or time.
+        InputError: the truth of another log, or data whose rows do not tell their split.
     """
     try:
         manifest = json.loads((data / "manifest.json").read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{data / 'manifest.json'}: cannot read which rows are held out ({error})") from None
     rule, seed, of_log = manifest["config"]["split"], manifest["config"]["seed"], manifest["num_rows"]
-    if rule not in ("random", "time"):
-        raise InputError(f"--truth needs data that were split by random or time, not by {rule}")
+    if rule not in ("random", "time", "test"):
+        raise InputError(f"--truth needs data that were split by random or time, or all test, not by {rule}")
     try:
+        found = pl.read_parquet_schema(truth)
+        missing = [name for name in ("label", "probability") if name not in found]
+        if missing:
+            lacks = " and no ".join(missing)
+            raise InputError(f"{truth}: not a truth file of `recsys synth`: it has no column {lacks}")
         rows = pl.scan_parquet(truth, row_index_name="row").with_columns(pl.col("row").cast(pl.UInt64))
-        is_held_out = split_of(pl.col("row"), rule, seed=seed, num_rows=of_log) == SPLITS.index(split)
+        splits = pl.lit(TEST) if rule == "test" else split_of(pl.col("row"), rule, seed=seed, num_rows=of_log)
+        is_held_out = splits == SPLITS.index(split)
         held_out = rows.filter(is_held_out).select("label", "probability").collect()
     except (OSError, pl.exceptions.PolarsError) as error:
         raise InputError(f"{truth}: not a truth file of `recsys synth` ({error})") from None

@@ -83,7 +83,7 @@ class OptimizerConfig:
         for name in ("table_lr", "dense_lr", "weight_decay", "warmup_steps", "table_warmup_steps"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
-                raise ValueError(f"{name} {value} must not be negative")
+                raise ValueError(f"{name} {value} must be 0 or more")
         for name in ("clip_norm", "clip_table_values"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -37,7 +37,7 @@ class Step:
         world: the job.
 
     Raises:
-        InputError: a pipeline that cannot be.
+        InputError: a pipeline that cannot be, or more parts of a batch than it has rows.
 
     Attributes:
         phases: of a step, with their times.
@@ -56,6 +56,7 @@ class Step:
                 "tables on its own; use --guard.action stop, or --train.pipeline sparse_dist"
             )
         members = next(module for module in task.modules() if isinstance(module, Members))
+        config.train.check_parts(world.size)
         members.parts = config.train.accumulate
         if config.model.compile:
             for member in members:
