@@ -387,6 +387,8 @@ def test_what_fbgemm_does_not_fuse_is_updated_in_the_backward_by_the_same_formul
         with process_group() as world:
             trainer = Trainer(config, world)
             assert bool(list(unfused_tables(trainer.task))) == is_built
+            predicts, *_ = shard(config, trainer.schema, config.specs(), 128, world)
+            assert not any({"means", "squares"} & {*vars(tables)} for tables in unfused_tables(predicts))
             batches = trainer.loader.stream()
             for _ in range(4):
                 trainer.train_step(batches)

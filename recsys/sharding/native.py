@@ -5,6 +5,7 @@ for one another at every table; and FBGEMM fuses no Adam on a CPU at all. See be
 checkpoints do not notice: weights and state stay where they are, and the arithmetic is FBGEMM's.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -132,7 +133,7 @@ class UnfusedTables:
 
     Attributes:
         rates: of the next update; to be set.
-        part, weights, means, squares, facts: as `FusedTables` has them.
+        part, weights, facts: as `FusedTables` has them.
     """
 
     rates: Callable[[], Rates]
@@ -143,16 +144,23 @@ class UnfusedTables:
         self.weights: nn.Parameter = part.weights
         self._begins: list[int] = part.weights_physical_offsets
         self._first_rows = [0, *accumulate(rows for rows, _ in part.embedding_specs)]
-        of_row, of_element = STATE_VALUES[kind]
-        size, num_rows = self.weights.numel(), self._first_rows[-1]
-        self.means = torch.zeros(size if of_row + of_element == 2 else 0)
-        self.squares = torch.zeros(num_rows if of_row else size if of_element else 0)
-        self._by_row = bool(of_row)
-        for values in (self.weights.detach(), self.means, self.squares):
-            zeros_on_huge_pages(values)
-        squares = self._first_rows if of_row else self._begins
+        self._of_row, self._of_element = STATE_VALUES[kind]
+        zeros_on_huge_pages(self.weights.detach())
+        squares = self._first_rows if self._of_row else self._begins
         table_of = list(batch._feature_table_map)
         self.facts = _facts(part, table_of, [squares[table] for table in table_of])
+
+    # Made when an optimizer asks for them: what only predicts has no state.
+
+    @functools.cached_property
+    def means(self) -> Tensor:
+        """See `FusedTables`."""
+        return _state(self.weights.numel() if self._of_row + self._of_element == 2 else 0)
+
+    @functools.cached_property
+    def squares(self) -> Tensor:
+        """See `FusedTables`."""
+        return _state(self._first_rows[-1] if self._of_row else self.weights.numel() * min(self._of_element, 1))
 
     def place(self, table: Tensor) -> slice | None:
         """Which of the weights are those of a tensor; None if they are elsewhere."""
@@ -163,7 +171,7 @@ class UnfusedTables:
     def state_at(self, place: slice, dim: int) -> list[Tensor]:
         """Means, if any, and squares, if any, of rows of `dim` columns."""
         found = [self.means[place].view(-1, dim)] if self.means.numel() else []
-        if self._by_row:
+        if self._of_row:
             first = self._first_rows[self._begins.index(place.start)]
             found.append(self.squares[first : first + (place.stop - place.start) // dim])
         elif self.squares.numel():
@@ -241,6 +249,12 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         ctx.native.update(*ctx.saved_tensors, grad)
         return None, None, None, None
+
+
+def _state(size: int) -> Tensor:
+    values = torch.zeros(size)
+    zeros_on_huge_pages(values)
+    return values
 
 
 def _facts(part: Any, table_of: Sequence[int], squares: Sequence[int]) -> Tensor:
