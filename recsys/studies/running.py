@@ -4,12 +4,12 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from recsys.config import InputError, dump, load_file
+from recsys.config import InputError, differences, dump, load_file
 from recsys.data.loader import Loader
 from recsys.data.schema import Schema
 from recsys.distributed import World, process_group
@@ -83,21 +83,12 @@ def check_same_run(job: Job) -> None:
     run = RunFolder(job.folder)
     if run.data.exists() and difference(read_facts(run.data), data_facts(job.config.data)):
         raise InputError(f"{job.folder}: was trained on other data than {job.config.data}; name another --out")
-    for name, old, new in _differences(dump(load_file(TrainConfig, run.config)), dump(job.config)):
+    for name, old, new in differences(dump(load_file(TrainConfig, run.config)), dump(job.config)):
         if name not in MAY_DIFFER:
             raise InputError(
                 f"{job.folder}: was run with {name} {old}, the study wants {new}; name another --out, or remove that "
                 "folder to train it again"
             )
-
-
-def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Names, as options have them, and values of what differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-    elif old != new:
-        yield name, old, new
 
 
 def run_jobs(config: StudyConfig, jobs: Sequence[Job], num_steps: int) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from recsys.config import InputError, dump, nearest
+from recsys.config import InputError, differences, dump, nearest
 from recsys.data.loader import LoaderConfig
 from recsys.members import BackboneConfigs, MemberSpec, ModelConfig, parse_members
 from recsys.merge.rules import NAMES
@@ -156,17 +156,10 @@ def check_same_job(before: TrainConfig, now: TrainConfig) -> None:
     fields["model"] = (before.model, _alike(before.model, now.model))
     how = {name: getattr(before.loader, name) for name in ("workers", "on_corrupt")}
     fields["loader"] = (before.loader, replace(now.loader, **how))
-    changes = [line for name, (old, new) in fields.items() for line in _differences(name, dump(old), dump(new))]
+    changes = [each for name, (old, new) in fields.items() for each in differences(dump(old), dump(new), name)]
     if changes:
-        raise InputError(f"{now.out}: cannot go on with {'; '.join(changes)}; name another --out to start a new run")
-
-
-def _differences(name: str, old: Any, new: Any) -> list[str]:
-    """The fields that differ, by their whole names, with both values."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = dict.fromkeys((*old, *new))
-        return [line for key in keys for line in _differences(f"{name}.{key}", old.get(key), new.get(key))]
-    return [] if old == new else [f"{name} {_shown(new)}, the run has {_shown(old)}"]
+        told = "; ".join(f"{name} {_shown(new)}, the run has {_shown(old)}" for name, old, new in changes)
+        raise InputError(f"{now.out}: cannot go on with {told}; name another --out to start a new run")
 
 
 def _shown(value: Any) -> str:
